@@ -1,0 +1,27 @@
+// The CPU backend's face towards plan.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "op/problem.hpp"
+
+namespace flashdelta::cpu {
+
+std::size_t chunk_forward_workspace(const op::Problem& problem);
+std::size_t chunk_backward_workspace(const op::Problem& problem);
+std::size_t recurrent_forward_workspace(const op::Problem& problem);
+
+void chunk_forward(const op::Problem& problem);
+void chunk_backward(const op::Problem& problem);
+void recurrent_forward(const op::Problem& problem);
+
+// Instruction sets of this build that this processor runs, best first ("AVX512", "AVX2", "SSE2", "NEON"), and the processor's name.
+std::vector<std::string> instruction_sets();
+std::string processor();
+
+// Whether `set` is built and usable here; BEST always is.
+bool usable(flashdelta_instruction_set set);
+
+}  // namespace flashdelta::cpu
