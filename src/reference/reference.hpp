@@ -6,7 +6,7 @@
 
 namespace flashdelta::reference {
 
-void forward(const op::Problem& problem);   // chunk_forward and recurrent_forward mean the same here
+void forward(const op::Problem& problem);  // chunk_forward and recurrent_forward mean the same here
 void backward(const op::Problem& problem);
 
 }  // namespace flashdelta::reference
