@@ -1,0 +1,12 @@
+// The CUDA backend's face in a build that found no nvcc.
+#include "cuda/cuda.hpp"
+
+namespace flashdelta::cuda {
+
+bool built() { return false; }
+
+std::vector<Device> devices() { return {}; }
+
+std::string problem() { return "this build holds no CUDA code (nvcc was not found when it was made, or FLASHDELTA_CUDA=OFF)"; }
+
+}  // namespace flashdelta::cuda
