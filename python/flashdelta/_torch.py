@@ -1,0 +1,327 @@
+"""Torch tensors: the operators flashdelta::*, their fake kernels and gradients, and the calls into the library through tvm-ffi.
+
+Imported on the first call that gets a torch tensor. Operators return fixed tuples, so a tensor that is not wanted is an empty one.
+``options`` is ``Options.integers``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# For torch before 2.10, which has no C-level DLPack exchange, tvm-ffi would compile an extension on its first import.
+os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+
+import torch
+import tvm_ffi
+
+from flashdelta import _lib, _shapes
+from flashdelta._options import Options
+
+Tensor = torch.Tensor
+
+_MODULE = tvm_ffi.load_module(str(_lib.library_path()))
+_CHUNK_FORWARD = _MODULE.get_function("chunk_forward")
+_CHUNK_BACKWARD = _MODULE.get_function("chunk_backward")
+_RECURRENT_FORWARD = _MODULE.get_function("recurrent_forward")
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias"
+_OPTIONS = "float? scale, int[] options, float tolerance"
+_SAVE_C, _SAVE_T, _SAVE_STATES = 1, 2, 4
+SAVE_ALL = _SAVE_C | _SAVE_T | _SAVE_STATES
+
+_operators = torch.library.Library("flashdelta", "DEF")
+_operators.define(
+    f"chunk_forward({_INPUTS}, {_OPTIONS}, ScalarType? final_state_dtype, int save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_operators.define(
+    f"chunk_forward_out({_INPUTS}, {_OPTIONS}, Tensor(a!) o, Tensor(b!)? final_state, Tensor(c!)? saved_c, Tensor(d!)? saved_T, "
+    "Tensor(e!)? saved_states) -> ()"
+)
+_operators.define(
+    f"chunk_backward({_INPUTS}, Tensor? saved_c, Tensor? saved_T, Tensor? saved_states, Tensor? d_o, Tensor? d_final_state, {_OPTIONS}, "
+    "int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_operators.define(f"recurrent_forward({_INPUTS}, {_OPTIONS}, ScalarType? final_state_dtype) -> (Tensor, Tensor)")
+_operators.define(f"recurrent_forward_out({_INPUTS}, {_OPTIONS}, Tensor(a!) o, Tensor(b!)? final_state) -> ()")
+_operators.define(
+    f"recurrent_forward_({_INPUTS.replace('Tensor? initial_state', 'Tensor(a!) initial_state')}, {_OPTIONS}, Tensor(b!) o) -> ()"
+)
+
+
+def _run(function: Any, tensors: tuple[Tensor | None, ...], scale: float | None, options: list[int], tolerance: float, device: Any) -> None:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    needed = function(*tensors, scale, *options, tolerance, stream, None)
+    if needed:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        function(*tensors, scale, *options, tolerance, stream, workspace)
+
+
+def _empty(like: Tensor, shape: Any, dtype: torch.dtype, wanted: Any = True) -> Tensor | None:
+    return torch.empty(shape, dtype=dtype, device=like.device) if wanted else None
+
+
+def _filled(like: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(0, dtype=like.dtype, device=like.device) if t is None else t for t in tensors)
+
+
+def _state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options, dtype: torch.dtype | None) -> Tensor | None:
+    return _empty(v, _shapes.state(q, v, cu_seqlens, options), dtype, dtype is not None)
+
+
+def _saved(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options, save: int) -> list[Tensor | None]:
+    return [
+        _empty(v, _shapes.saved_c(v), torch.float32, save & _SAVE_C),
+        _empty(v, _shapes.saved_T(v), torch.float32, save & _SAVE_T),
+        _empty(v, _shapes.saved_states(q, v, cu_seqlens, options), torch.float32, save & _SAVE_STATES),
+    ]
+
+
+# chunk_forward
+
+
+def _chunk_outputs(q, v, cu_seqlens, options, final_state_dtype, save):
+    packed = Options(None, tuple(options), 0.0)
+    final_state = _state(q, v, cu_seqlens, packed, final_state_dtype)
+    return [_empty(v, v.shape, v.dtype), final_state, *_saved(q, v, cu_seqlens, packed, save)]
+
+
+def _chunk_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype, save):
+    outputs = _chunk_outputs(q, v, cu, options, final_state_dtype, save)
+    _run(_CHUNK_FORWARD, (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs), scale, options, tolerance, q.device)
+    return _filled(v, outputs)
+
+
+def _chunk_forward_fake(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype, save):
+    return _filled(v, _chunk_outputs(q, v, cu, options, final_state_dtype, save))
+
+
+def _chunk_forward_out(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, *outputs):
+    _run(_CHUNK_FORWARD, (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs), scale, options, tolerance, q.device)
+
+
+# chunk_backward
+
+
+def _gradients(inputs: tuple[Tensor | None, ...], wanted: int) -> list[Tensor | None]:
+    owners = inputs[:6] + inputs[7:]  # all but cu_seqlens
+    return [None if x is None else _empty(x, x.shape, x.dtype, wanted >> i & 1) for i, x in enumerate(owners)]
+
+
+def _chunk_backward(*arguments):
+    tensors, (scale, options, tolerance, wanted) = arguments[:14], arguments[14:]
+    gradients = _gradients(tensors[:9], wanted)
+    _run(_CHUNK_BACKWARD, (*tensors, *gradients), scale, options, tolerance, tensors[0].device)
+    return _filled(tensors[2], gradients)
+
+
+def _chunk_backward_fake(*arguments):
+    return _filled(arguments[2], _gradients(arguments[:9], arguments[17]))
+
+
+# recurrent_forward
+
+
+def _recurrent_outputs(q, v, cu_seqlens, options, final_state_dtype):
+    packed = Options(None, tuple(options), 0.0)
+    return [_empty(v, v.shape, v.dtype), _state(q, v, cu_seqlens, packed, final_state_dtype)]
+
+
+def _recurrent_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype):
+    outputs = _recurrent_outputs(q, v, cu, options, final_state_dtype)
+    tensors = (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs, None, None, None)
+    _run(_RECURRENT_FORWARD, tensors, scale, options, tolerance, q.device)
+    return _filled(v, outputs)
+
+
+def _recurrent_forward_fake(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype):
+    return _filled(v, _recurrent_outputs(q, v, cu, options, final_state_dtype))
+
+
+def _recurrent_forward_out(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, o, final_state):
+    tensors = (q, k, v, g, beta, h0, cu, A_log, dt_bias, o, final_state, None, None, None)
+    _run(_RECURRENT_FORWARD, tensors, scale, options, tolerance, q.device)
+
+
+def _recurrent_forward_inplace(q, k, v, g, beta, state, cu, A_log, dt_bias, scale, options, tolerance, o):
+    _recurrent_forward_out(q, k, v, g, beta, state, cu, A_log, dt_bias, scale, options, tolerance, o, state)
+
+
+def _writes_only(*_arguments) -> None:
+    return None
+
+
+# Registered for every device, so that the library, not the dispatcher, refuses the ones it does not take.
+for _name, _kernel, _fake in (
+    ("chunk_forward", _chunk_forward, _chunk_forward_fake),
+    ("chunk_forward_out", _chunk_forward_out, _writes_only),
+    ("chunk_backward", _chunk_backward, _chunk_backward_fake),
+    ("recurrent_forward", _recurrent_forward, _recurrent_forward_fake),
+    ("recurrent_forward_out", _recurrent_forward_out, _writes_only),
+    ("recurrent_forward_", _recurrent_forward_inplace, _writes_only),
+):
+    _operators.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashdelta::{_name}", _fake, lib=_operators)
+
+_OPS = torch.ops.flashdelta
+
+
+# Gradients
+
+
+def _remember_chunk_forward(ctx, inputs, output) -> None:
+    *tensors, scale, options, tolerance, final_state_dtype, save = inputs
+    ctx.set_materialize_grads(False)  # an output that nothing was made of has no gradient to read
+    ctx.flashdelta_has_final_state = final_state_dtype is not None
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*tensors, *(x if save >> i & 1 else None for i, x in enumerate(output[2:])))
+    ctx.flashdelta_options = (scale, options, tolerance)
+
+
+def _differentiate_chunk_forward(ctx, d_o, d_final_state, *_d_saved):
+    needs = ctx.needs_input_grad[:9]
+    needs = needs[:6] + needs[7:]
+    wanted = sum(1 << i for i, needed in enumerate(needs) if needed)
+    d_final_state = d_final_state if ctx.flashdelta_has_final_state else None
+    gradients = _OPS.chunk_backward.default(*ctx.saved_tensors, d_o, d_final_state, *ctx.flashdelta_options, wanted)
+    found = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    return (*found[:6], None, *found[6:], None, None, None, None, None)
+
+
+def _remember_nothing(ctx, inputs, output) -> None:
+    pass
+
+
+def _refuse_second_derivative(_ctx, *_gradients):
+    raise RuntimeError("chunk_gated_delta_rule: its backward is not differentiable; second derivatives are not supported")
+
+
+def _refuse_recurrent_gradient(_ctx, *_gradients):
+    raise RuntimeError("fused_recurrent_gated_delta_rule: is for inference and has no gradient; use chunk_gated_delta_rule for training")
+
+
+torch.library.register_autograd(
+    "flashdelta::chunk_forward", _differentiate_chunk_forward, setup_context=_remember_chunk_forward, lib=_operators
+)
+torch.library.register_autograd("flashdelta::chunk_backward", _refuse_second_derivative, setup_context=_remember_nothing, lib=_operators)
+torch.library.register_autograd(
+    "flashdelta::recurrent_forward", _refuse_recurrent_gradient, setup_context=_remember_nothing, lib=_operators
+)
+
+
+# The face
+
+
+def _check_types(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+    for name, tensor in zip(names, tensors, strict=True):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("q", "k", "v")):
+            raise TypeError(f"{name}: is a {type(tensor).__name__}; it must be a torch tensor, as q is")
+
+
+def _offsets(cu_seqlens: Any, device: torch.device) -> Tensor | None:
+    if cu_seqlens is None:
+        return None
+    if not isinstance(cu_seqlens, Tensor):
+        try:
+            cu_seqlens = torch.as_tensor(cu_seqlens, dtype=None if len(cu_seqlens) else torch.int64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"cu_seqlens: is a {type(cu_seqlens).__name__} that torch does not read ({error})") from error
+    if cu_seqlens.device.type == "cpu" and device.type != "cpu":
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    return cu_seqlens
+
+
+def _prepared(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
+    # The inputs with cu_seqlens as a tensor, and whether gradients flow to any of them.
+    q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias = inputs
+    differentiable = (q, k, v, g, beta, initial_state, A_log, dt_bias)
+    _check_types(("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias"), differentiable)
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    return (q, k, v, g, beta, initial_state, _offsets(cu_seqlens, q.device), A_log, dt_bias), recorded
+
+
+def _final_state_dtype(dtype: Any, q: Tensor) -> torch.dtype:
+    if dtype is None:
+        return torch.float64 if q.dtype == torch.float64 else torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"final_state_dtype: is {dtype!r}; it must be a torch dtype")
+    return dtype
+
+
+def _unrecorded(name: str, recorded: bool) -> None:
+    if recorded:
+        raise RuntimeError(f"{name}: cannot be written in place while gradients are recorded; leave it out, or call under torch.no_grad()")
+
+
+def _forward_out(
+    operation: str,
+    inputs: tuple[Any, ...],
+    options: Options,
+    o: Any,
+    final_state: Any,
+    final_state_dtype: torch.dtype | None,
+    save: int,
+    inplace_state: bool,
+) -> tuple[Any, ...]:
+    q, v, cu_seqlens = inputs[0], inputs[2], inputs[6]
+    _check_types(("o", "final_state"), (o, final_state))
+    o = _empty(v, v.shape, v.dtype) if o is None else o
+    if inplace_state:
+        _OPS.recurrent_forward_.default(*inputs, *options, o)
+        return o, inputs[5], None, None, None
+    if final_state is None:
+        final_state = _state(q, v, cu_seqlens, options, final_state_dtype)
+    if operation == "recurrent_forward":
+        _OPS.recurrent_forward_out.default(*inputs, *options, o, final_state)
+        return o, final_state, None, None, None
+    saved = _saved(q, v, cu_seqlens, options, save)
+    _OPS.chunk_forward_out.default(*inputs, *options, o, final_state, *saved)
+    return o, final_state, *saved
+
+
+def forward(
+    operation: str,
+    inputs: tuple[Any, ...],
+    options: Options,
+    output_final_state: bool,
+    o: Any,
+    final_state: Any,
+    final_state_dtype: Any,
+    save: tuple[bool, bool, bool] | None = None,
+    inplace_state: bool = False,
+) -> tuple[Any, ...]:
+    """(o, final_state, saved_c, saved_T, saved_states), None where not wanted. `save` None: what autograd will need."""
+    inputs, recorded = _prepared(inputs)
+    dtype = _final_state_dtype(final_state_dtype, inputs[0]) if output_final_state else None
+    if save is None:
+        # The reference backend's adjoint starts from the inputs.
+        mask = SAVE_ALL if recorded and not options.is_reference else 0
+    else:
+        mask = sum(1 << i for i, wanted in enumerate(save) if wanted)
+    if o is not None or final_state is not None or inplace_state:
+        _unrecorded("inplace_state" if inplace_state else "final_state" if o is None else "o", recorded)
+        return _forward_out(operation, inputs, options, o, final_state, dtype, mask, inplace_state)
+    if operation == "recurrent_forward":
+        o, final_state = _OPS.recurrent_forward.default(*inputs, *options, dtype)
+        return o, None if dtype is None else final_state, None, None, None
+    o, final_state, *saved = _OPS.chunk_forward.default(*inputs, *options, dtype, mask)
+    return o, None if dtype is None else final_state, *(x if mask >> i & 1 else None for i, x in enumerate(saved))
+
+
+def backward(
+    inputs: tuple[Any, ...],
+    saved: tuple[Any, ...],
+    d_o: Any,
+    d_final_state: Any,
+    options: Options,
+) -> tuple[Any, ...]:
+    """Gradients in the order of ``_lib.GRADIENTS``, None for absent inputs."""
+    inputs, _ = _prepared(inputs)
+    _check_types((*_lib.SAVED, "d_o", "d_final_state"), (*saved, d_o, d_final_state))
+    gradients = _OPS.chunk_backward.default(*inputs, *saved, d_o, d_final_state, *options, 0xFF)
+    owners = inputs[:6] + inputs[7:]
+    return tuple(None if x is None else gradient for x, gradient in zip(owners, gradients, strict=True))
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, Tensor)
