@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -21,6 +22,7 @@ class Call {
   Call(const flashdelta_options& options, Operation operation) : options_(options) {
     p_.operation = operation;
     check_options(options, &p_);
+    footprints_.reserve(24);
   }
 
   Problem& problem() { return p_; }
@@ -35,14 +37,14 @@ class Call {
   // A tensor of the axes a rule names, or nothing where it is absent.
   Tensor take(const Rule& rule, const DLTensor* tensor);
   Tensor take_state(const char* name, const DLTensor* tensor, Use use, DTypes dtypes, const char* wanted = "");
-  // A gradient has its argument's shape; its dtype too, except that the reference backend writes any.
-  Tensor take_gradient(const char* name, const DLTensor* gradient, const char* argument_name, const Tensor& argument);
+  // A gradient has its argument's shape; its dtype too, except that the reference backend writes any. No axes: a state.
+  Tensor take_gradient(const char* name, const DLTensor* gradient, const char* argument_name, const Tensor& argument, std::optional<Axes> axes);
   void workspace(void* data, std::size_t size);
 
-  [[nodiscard]] std::vector<Axis> key_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"H", p_.H}, {"K", p_.K}}; }
-  [[nodiscard]] std::vector<Axis> value_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"HV", p_.HV}, {"V", p_.V}}; }
-  [[nodiscard]] std::vector<Axis> gate_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"HV", p_.HV}}; }
-  [[nodiscard]] std::vector<Axis> head_axes() const { return {{"HV", p_.HV}}; }
+  [[nodiscard]] Axes key_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"H", p_.H}, {"K", p_.K}}; }
+  [[nodiscard]] Axes value_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"HV", p_.HV}, {"V", p_.V}}; }
+  [[nodiscard]] Axes gate_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"HV", p_.HV}}; }
+  [[nodiscard]] Axes head_axes() const { return {{"HV", p_.HV}}; }
   [[nodiscard]] bool is_reference() const { return p_.backend == Backend::reference; }
   [[nodiscard]] DTypes floats() const { return is_reference() ? kAllFloats : kFloats; }
 
@@ -68,8 +70,8 @@ void Call::sizes(const DLTensor* q, const DLTensor* v, const DLTensor* cu_seqlen
   device_ = q->device;
   p_.device_id = p_.backend == Backend::cuda ? device_.device_id : 0;
   device("v", *v);
-  check_rank("q", *q, 4, "[B, T, H, K]");
-  check_rank("v", *v, 4, "[B, T, HV, V]");
+  check_rank("q", *q, key_axes());
+  check_rank("v", *v, value_axes());
   p_.B = q->shape[0];
   p_.T = q->shape[1];
   p_.H = q->shape[2];
@@ -151,27 +153,21 @@ void Call::inputs(const DLTensor* q, const DLTensor* k, const DLTensor* v, const
 }
 
 void Call::saved(const DLTensor* c, const DLTensor* T, const DLTensor* states, Use use) {
-  std::vector<Axis> rows = gate_axes();
-  rows.push_back({"64", FLASHDELTA_CHUNK});
+  const Axes rows{{"B", p_.B}, {"T", p_.T}, {"HV", p_.HV}, {"64", FLASHDELTA_CHUNK}};
   p_.saved_c = take({"saved_c", use, gate_axes(), {DType::f32}}, c);
   p_.saved_T = take({"saved_T", use, rows, {DType::f32}}, T);
   p_.saved_states = take({"saved_states", use, {{"S", saved_states_slots(p_)}, {"HV", p_.HV}, {"K", p_.K}, {"V", p_.V}}, {DType::f32, DType::bf16}},
                          states);
 }
 
-Tensor Call::take_gradient(const char* name, const DLTensor* gradient, const char* argument_name, const Tensor& argument) {
+Tensor Call::take_gradient(const char* name, const DLTensor* gradient, const char* argument_name, const Tensor& argument,
+                           std::optional<Axes> axes) {
   if (gradient == nullptr) return {};
   if (!argument) refuse_value(fmt::format("{}: is given, but {} is null", name, argument_name));
   const std::string wanted = fmt::format("{}'s dtype", argument_name);
   const DTypes dtypes = is_reference() ? kAllFloats : DTypes{argument.dtype};
-  if (argument_name == std::string("initial_state")) return take_state(name, gradient, Use::output, dtypes, wanted.c_str());
-  std::vector<Axis> axes;
-  switch (argument.rank) {
-    case 1: axes = head_axes(); break;
-    case 3: axes = gate_axes(); break;
-    default: axes = argument_name == std::string("v") ? value_axes() : key_axes();
-  }
-  return take({name, Use::output, axes, dtypes, wanted.c_str()}, gradient);
+  return axes ? take({name, Use::output, *axes, dtypes, wanted.c_str()}, gradient)
+              : take_state(name, gradient, Use::output, dtypes, wanted.c_str());
 }
 
 void Call::workspace(void* data, std::size_t size) {
@@ -235,14 +231,14 @@ Problem check_backward(const flashdelta_backward_args* args, bool with_workspace
   call.saved(args->saved_c, args->saved_T, args->saved_states, Use::input);
   p.d_o = call.take({"d_o", Use::input, call.value_axes(), call.floats()}, args->d_o);
   p.d_final_state = call.take_state("d_final_state", args->d_final_state, Use::input, call.floats());
-  p.dq = call.take_gradient("dq", args->dq, "q", p.q);
-  p.dk = call.take_gradient("dk", args->dk, "k", p.k);
-  p.dv = call.take_gradient("dv", args->dv, "v", p.v);
-  p.dg = call.take_gradient("dg", args->dg, "g", p.g);
-  p.dbeta = call.take_gradient("dbeta", args->dbeta, "beta", p.beta);
-  p.d_initial_state = call.take_gradient("d_initial_state", args->d_initial_state, "initial_state", p.initial_state);
-  p.dA_log = call.take_gradient("dA_log", args->dA_log, "A_log", p.A_log);
-  p.d_dt_bias = call.take_gradient("d_dt_bias", args->d_dt_bias, "dt_bias", p.dt_bias);
+  p.dq = call.take_gradient("dq", args->dq, "q", p.q, call.key_axes());
+  p.dk = call.take_gradient("dk", args->dk, "k", p.k, call.key_axes());
+  p.dv = call.take_gradient("dv", args->dv, "v", p.v, call.value_axes());
+  p.dg = call.take_gradient("dg", args->dg, "g", p.g, call.gate_axes());
+  p.dbeta = call.take_gradient("dbeta", args->dbeta, "beta", p.beta, call.gate_axes());
+  p.d_initial_state = call.take_gradient("d_initial_state", args->d_initial_state, "initial_state", p.initial_state, std::nullopt);
+  p.dA_log = call.take_gradient("dA_log", args->dA_log, "A_log", p.A_log, call.head_axes());
+  p.d_dt_bias = call.take_gradient("d_dt_bias", args->d_dt_bias, "dt_bias", p.dt_bias, call.head_axes());
   if (with_workspace) call.workspace(args->workspace, args->workspace_size);
   check_overlap(call.footprints(), false);
   return p;

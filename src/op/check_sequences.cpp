@@ -33,7 +33,7 @@ void check_sequences(const DLTensor* cu_seqlens, Problem* problem, Footprint* fo
     return;
   }
   const bool int64 = is_int64(*cu_seqlens);
-  check_rank("cu_seqlens", *cu_seqlens, 1, "[N + 1]");
+  check_rank("cu_seqlens", *cu_seqlens, {{"N + 1"}});
   if (cu_seqlens->shape[0] < 1) refuse_value("cu_seqlens: has 0 entries; it must have N + 1, so at least 1");
   if (p.B != 1) refuse_value(fmt::format("cu_seqlens: given with B = {}; packed sequences need B = 1", p.B));
   const Layout layout = check_layout("cu_seqlens", *cu_seqlens, int64 ? 8 : 4, Use::input, footprint);

@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
+#include <string_view>
+#include <utility>
 
 namespace flashdelta::op {
 namespace {
@@ -17,7 +20,7 @@ std::string list_of(DTypes dtypes) {
   for (const DType t : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
     if (dtypes.has(t)) names.push_back(dtype_name(t));
   }
-  return fmt::format("{}", fmt::join(names, ", "));
+  return fmt::format("{}", fmt::join(names, " or "));
 }
 
 void check_shape_values(const char* name, const DLTensor& tensor) {
@@ -69,14 +72,25 @@ void check_extent(const char* name, const Layout& layout, int rank, std::int64_t
 }
 
 // The axes that have more than one place, innermost first.
-std::vector<int> axes_by_stride(const Layout& layout, int rank) {
-  std::vector<int> axes;
+struct Order {
+  std::array<int, 4> axes{};
+  int count = 0;
+  [[nodiscard]] const int* begin() const { return axes.data(); }
+  [[nodiscard]] const int* end() const { return axes.data() + count; }
+};
+
+Order axes_by_stride(const Layout& layout, int rank) {
+  Order order;
   for (int i = rank - 1; i >= 0; --i) {
-    if (layout.shape[i] > 1) axes.push_back(i);
+    if (layout.shape[i] > 1) order.axes[order.count++] = i;
   }
-  std::stable_sort(axes.begin(), axes.end(),
-                   [&](int a, int b) { return std::llabs(layout.stride[a]) < std::llabs(layout.stride[b]); });
-  return axes;
+  // By insertion: of equal strides the later axis stays the inner one.
+  for (int i = 1; i < order.count; ++i) {
+    for (int j = i; j > 0 && std::llabs(layout.stride[order.axes[j]]) < std::llabs(layout.stride[order.axes[j - 1]]); --j) {
+      std::swap(order.axes[j], order.axes[j - 1]);
+    }
+  }
+  return order;
 }
 
 // An output's elements must be apart: axis by axis from the innermost, a step must leave all that lies inside it behind.
@@ -116,19 +130,36 @@ void* address_of(const char* name, const DLTensor& tensor, std::int64_t element_
   return static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
 }
 
-void check_shape(const Rule& rule, const DLTensor& tensor) {
+std::string names_of(const Axes& axes) {
   std::vector<const char*> names;
+  for (const Axis& axis : axes) names.push_back(axis.name);
+  return fmt::format("[{}]", fmt::join(names, ", "));
+}
+
+void check_shape(const Rule& rule, const DLTensor& tensor) {
+  check_rank(rule.name, tensor, rule.axes);
+  if (std::equal(rule.axes.begin(), rule.axes.end(), tensor.shape, [](const Axis& axis, std::int64_t size) { return axis.size == size; })) return;
   std::vector<std::int64_t> sizes;
-  for (const Axis& axis : rule.axes) {
-    names.push_back(axis.name);
-    sizes.push_back(axis.size);
-  }
-  const int rank = static_cast<int>(rule.axes.size());
-  check_rank(rule.name, tensor, rank, fmt::format("[{}]", fmt::join(names, ", ")).c_str());
-  if (!std::equal(sizes.begin(), sizes.end(), tensor.shape)) {
-    refuse_value(fmt::format("{}: shape is {}; it must be [{}] = {}", rule.name, shape_text(tensor.shape, rank), fmt::join(names, ", "),
-                             shape_text(sizes.data(), rank)));
-  }
+  for (const Axis& axis : rule.axes) sizes.push_back(axis.size);
+  const int rank = rule.axes.rank();
+  refuse_value(fmt::format("{}: shape is {}; it must be {} = {}", rule.name, shape_text(tensor.shape, rank), names_of(rule.axes),
+                           shape_text(sizes.data(), rank)));
+}
+
+std::optional<DType> float_dtype(DLDataType t) {
+  if (t.lanes == 1 && t.code == kDLFloat && t.bits == 64) return DType::f64;
+  if (t.lanes == 1 && t.code == kDLFloat && t.bits == 32) return DType::f32;
+  if (t.lanes == 1 && t.code == kDLFloat && t.bits == 16) return DType::f16;
+  if (t.lanes == 1 && t.code == kDLBfloat && t.bits == 16) return DType::bf16;
+  return std::nullopt;
+}
+
+DType check_dtype(const Rule& rule, const DLTensor& tensor) {
+  const std::optional<DType> dtype = float_dtype(tensor.dtype);
+  if (dtype && rule.dtypes.has(*dtype)) return *dtype;
+  const bool names_another = *rule.wanted != '\0';
+  const std::string allowed = names_another ? fmt::format("{} ({})", rule.wanted, list_of(rule.dtypes)) : list_of(rule.dtypes);
+  refuse_type(fmt::format("{}: dtype is {}; it must be {}", rule.name, dtype_name(tensor.dtype), allowed));
 }
 
 bool holds(const Footprint& dense, std::uintptr_t address) { return dense.dense && dense.low <= address && address < dense.high; }
@@ -174,19 +205,10 @@ std::string device_name(DLDevice device) {
 
 std::string shape_text(const std::int64_t* shape, int rank) { return fmt::format("[{}]", fmt::join(shape, shape + rank, ", ")); }
 
-void check_rank(const char* name, const DLTensor& tensor, int rank, const char* axes) {
-  if (tensor.ndim != rank) refuse_value(fmt::format("{}: has {} axes; it must have {}: {}", name, tensor.ndim, rank, axes));
+void check_rank(const char* name, const DLTensor& tensor, const Axes& axes) {
+  if (tensor.ndim != axes.rank()) refuse_value(fmt::format("{}: has {} axes; it must have {}: {}", name, tensor.ndim, axes.rank(), names_of(axes)));
   if (tensor.shape == nullptr) refuse_value(fmt::format("{}: shape is null", name));
   check_shape_values(name, tensor);
-}
-
-DType float_dtype(const char* name, const DLTensor& tensor) {
-  const DLDataType t = tensor.dtype;
-  if (t.lanes == 1 && t.code == kDLFloat && t.bits == 64) return DType::f64;
-  if (t.lanes == 1 && t.code == kDLFloat && t.bits == 32) return DType::f32;
-  if (t.lanes == 1 && t.code == kDLFloat && t.bits == 16) return DType::f16;
-  if (t.lanes == 1 && t.code == kDLBfloat && t.bits == 16) return DType::bf16;
-  refuse_type(fmt::format("{}: dtype is {}; it must be one of {}", name, dtype_name(t), list_of(kFloats)));
 }
 
 Layout check_layout(const char* name, const DLTensor& tensor, std::int64_t element_size, Use use, Footprint* footprint) {
@@ -210,11 +232,7 @@ Layout check_layout(const char* name, const DLTensor& tensor, std::int64_t eleme
 }
 
 Tensor check_tensor(const Rule& rule, const DLTensor& tensor, Footprint* footprint) {
-  const DType dtype = float_dtype(rule.name, tensor);
-  if (!rule.dtypes.has(dtype)) {
-    const std::string allowed = *rule.wanted != '\0' ? fmt::format("{} ({})", rule.wanted, list_of(rule.dtypes)) : list_of(rule.dtypes);
-    refuse_type(fmt::format("{}: dtype is {}; it must be {}", rule.name, dtype_name(dtype), allowed));
-  }
+  const DType dtype = check_dtype(rule, tensor);
   check_shape(rule, tensor);
   const Layout layout = check_layout(rule.name, tensor, size_of(dtype), rule.use, footprint);
   const int last = tensor.ndim - 1;
@@ -226,7 +244,7 @@ Tensor check_tensor(const Rule& rule, const DLTensor& tensor, Footprint* footpri
 
 void check_overlap(const std::vector<Footprint>& footprints, bool state_in_place) {
   const auto in_place = [&](const Footprint& a, const Footprint& b) {
-    return state_in_place && a.name == std::string("initial_state") && b.name == std::string("final_state");
+    return state_in_place && a.name == std::string_view("initial_state") && b.name == std::string_view("final_state");
   };
   for (std::size_t i = 0; i < footprints.size(); ++i) {
     for (std::size_t j = 0; j < i; ++j) {

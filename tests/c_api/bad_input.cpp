@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-namespace flashdelta::testing {
+namespace flashdelta::abi_test {
 namespace {
 
 constexpr auto kValue = FLASHDELTA_VALUE_ERROR;
@@ -334,4 +334,4 @@ std::vector<BadCase> bad_memory() {
   };
 }
 
-}  // namespace flashdelta::testing
+}  // namespace flashdelta::abi_test

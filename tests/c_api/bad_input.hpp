@@ -7,7 +7,7 @@
 
 #include "c_api/call.hpp"
 
-namespace flashdelta::testing {
+namespace flashdelta::abi_test {
 
 struct BadCase {
   std::string name;
@@ -35,4 +35,4 @@ std::vector<BadCase> bad_sequences();
 std::vector<BadCase> bad_tensors();  // every tensor of every entry point, field by field
 std::vector<BadCase> bad_memory();
 
-}  // namespace flashdelta::testing
+}  // namespace flashdelta::abi_test

@@ -9,7 +9,7 @@
 #include <set>
 #include <sstream>
 
-namespace flashdelta::testing {
+namespace flashdelta::abi_test {
 namespace {
 
 std::vector<BadCase> all_cases() {
@@ -118,4 +118,4 @@ TEST(BadInput, TheDocumentListsTheErrorsAsTheyAre) {
 }
 
 }  // namespace
-}  // namespace flashdelta::testing
+}  // namespace flashdelta::abi_test

@@ -4,7 +4,7 @@
 
 #include "c_api/bad_input.hpp"
 
-namespace flashdelta::testing {
+namespace flashdelta::abi_test {
 namespace {
 
 constexpr auto kValue = FLASHDELTA_VALUE_ERROR;
@@ -147,4 +147,4 @@ std::vector<BadCase> bad_tensors() {
   return cases;
 }
 
-}  // namespace flashdelta::testing
+}  // namespace flashdelta::abi_test

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <set>
 
-namespace flashdelta::testing {
+namespace flashdelta::abi_test {
 
 const char* name_of(Entry entry) {
   switch (entry) {
@@ -219,4 +219,4 @@ std::vector<std::vector<std::byte>> Call::snapshot() const {
   return all;
 }
 
-}  // namespace flashdelta::testing
+}  // namespace flashdelta::abi_test

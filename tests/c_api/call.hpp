@@ -10,7 +10,7 @@
 
 #include "flashdelta/flashdelta.h"
 
-namespace flashdelta::testing {
+namespace flashdelta::abi_test {
 
 enum class Entry : std::uint8_t {
   chunk_forward,
@@ -108,4 +108,4 @@ class Call {
   std::vector<std::byte> workspace_bytes_;
 };
 
-}  // namespace flashdelta::testing
+}  // namespace flashdelta::abi_test
