@@ -1,0 +1,36 @@
+"""Floating-point operations of the chunked algebra and of the token recurrence, per value head (docs/numerics.md has the products).
+
+A multiply-add is two. Products of the 64 x 64 triangular matrices count their lower half only, because the kernels skip the zero blocks;
+k k^T and q k^T are counted per value head, though value heads of one key head share them.
+"""
+
+from __future__ import annotations
+
+CHUNK = 64
+
+
+def _triangular(width: int) -> float:
+    return CHUNK * (CHUNK + 1) * width
+
+
+def forward_per_token(key_width: int, value_width: int) -> float:
+    """k S, q S and Kh^T U in full; T X, P U, q k^T and k k^T by halves."""
+    full = 2.0 * CHUNK * key_width * value_width
+    return (3 * full + 2 * _triangular(value_width) + 2 * _triangular(key_width)) / CHUNK
+
+
+def backward_per_token(key_width: int, value_width: int) -> float:
+    """The adjoint's products, and the forward's that it makes again (k S, Kh^T U, T X, q k^T, k k^T).
+
+    Six in full: Kh dS', q^T do, k^T dX, do S^T, dX S^T, U dS'^T. By halves: P^T do, T^T dX, dX U^T, do U^T, and E k, N k, E^T q, N^T k.
+    """
+    full = 2.0 * CHUNK * key_width * value_width
+    return (8 * full + 5 * _triangular(value_width) + 6 * _triangular(key_width)) / CHUNK
+
+
+def recurrent_per_token(key_width: int, value_width: int) -> float:
+    """Decay, k S, the outer product added, q S."""
+    return 7.0 * key_width * value_width
+
+
+PER_TOKEN = {"forward": forward_per_token, "backward": backward_per_token, "recurrent": recurrent_per_token}
