@@ -81,6 +81,8 @@ def _offsets(cu_seqlens: Any) -> Array | None:
         offsets = np.asarray(cu_seqlens)
     except Exception as error:  # a ragged list, or another library's tensor that is not on the CPU
         raise TypeError(f"cu_seqlens: is a {type(cu_seqlens).__name__} that NumPy does not read ({error})") from error
+    if offsets.ndim == 0:
+        raise TypeError(f"cu_seqlens: is a {type(cu_seqlens).__name__}; it must be an array or a sequence of integers")
     return offsets if offsets.size else offsets.astype(np.int64)
 
 

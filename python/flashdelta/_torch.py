@@ -77,6 +77,14 @@ def _saved(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options, sa
     ]
 
 
+def _check_devices(inputs: tuple[Tensor | None, ...]) -> None:
+    # Only where no data is: there the library, which refuses mixed devices, is never asked.
+    device = inputs[0].device
+    for name, tensor in zip(_lib.INPUTS, inputs, strict=True):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: is on {tensor.device}, but q is on {device}; all tensors must be on one device")
+
+
 # chunk_forward
 
 
@@ -93,6 +101,7 @@ def _chunk_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tol
 
 
 def _chunk_forward_fake(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype, save):
+    _check_devices((q, k, v, g, beta, h0, cu, A_log, dt_bias))
     return _filled(v, _chunk_outputs(q, v, cu, options, final_state_dtype, save))
 
 
@@ -116,6 +125,7 @@ def _chunk_backward(*arguments):
 
 
 def _chunk_backward_fake(*arguments):
+    _check_devices(arguments[:9])
     return _filled(arguments[2], _gradients(arguments[:9], arguments[17]))
 
 
@@ -135,6 +145,7 @@ def _recurrent_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options,
 
 
 def _recurrent_forward_fake(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype):
+    _check_devices((q, k, v, g, beta, h0, cu, A_log, dt_bias))
     return _filled(v, _recurrent_outputs(q, v, cu, options, final_state_dtype))
 
 
@@ -147,8 +158,8 @@ def _recurrent_forward_inplace(q, k, v, g, beta, state, cu, A_log, dt_bias, scal
     _recurrent_forward_out(q, k, v, g, beta, state, cu, A_log, dt_bias, scale, options, tolerance, o, state)
 
 
-def _writes_only(*_arguments) -> None:
-    return None
+def _writes_only(*arguments) -> None:
+    _check_devices(arguments[:9])
 
 
 # Registered for every device, so that the library, not the dispatcher, refuses the ones it does not take.
