@@ -17,8 +17,8 @@ from flashdelta.cli.measure import PASSES, Result, Shape
 from flashdelta.cli.models import MODELS, HeadLayout
 
 _DESCRIPTION = """Measures chunked forward, backward and the token-by-token path on random inputs: median time, time per token and value
-head, GFLOP/s beside the measured peak of the same instruction set, workspace, and the ratios between the passes. --suite cpu is the table of
-docs/numerics.md's promises: 16/16 heads, width 128, 4096 tokens, bf16 and fp32, every instruction set, one thread and all."""
+head, GFLOP/s beside the measured peak of the same instruction set, workspace, and the ratios between the passes. --suite cpu is the table
+of docs/numerics.md's promises: 16/16 heads, width 128, 4096 tokens, bf16 and fp32, every instruction set, one thread and all."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:

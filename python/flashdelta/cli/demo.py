@@ -17,8 +17,8 @@ from flashdelta.cli.layer import Layer, LayerInputs, concatenate
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 _DESCRIPTION = """Reads text, turns it into the inputs of one Qwen3.5-0.8B-shaped Gated DeltaNet layer (16 key heads, 16 value heads,
-width 128; byte embedding, projections, width-4 causal convolution with SiLU, fixed seed), prefills it in chunks, continues token by token from the
-final state, and checks both against the float64 oracle. Exits with 1 when an error is outside the numerics contract."""
+width 128; byte embedding, projections, width-4 causal convolution with SiLU, fixed seed), prefills it in chunks, continues token by token
+from the final state, and checks both against the float64 oracle. Exits with 1 when an error is outside the numerics contract."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:

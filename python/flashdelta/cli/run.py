@@ -25,8 +25,8 @@ _FLAGS = {
 }
 
 _DESCRIPTION = """Runs the forward pass on tensors of a .safetensors file, taken by name: q, k [B, T, H, K], v [B, T, HV, V] and, where
-present, g, beta [B, T, HV], initial_state [N, HV, K, V], cu_seqlens [N + 1], A_log, dt_bias [HV]. Any other name in the file is an error. Writes o
-and final_state. The output appears complete or not at all."""
+present, g, beta [B, T, HV], initial_state [N, HV, K, V], cu_seqlens [N + 1], A_log, dt_bias [HV]. Any other name in the file is an error.
+Writes o and final_state. The output appears complete or not at all."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:

@@ -18,9 +18,9 @@ from flashdelta.cli import cases, contract, device, errors, options, terms, ui
 from flashdelta.cli.cases import Case
 from flashdelta.cli.oracle import widen
 
-_DESCRIPTION = """Runs random calls, biased towards edges (lengths 0, 1, 63, 64, 65, odd widths, grouped heads, packed sequences with gaps,
-strided inputs, gates of 0 and -inf, beta of 0, 1 and 2, zero and repeated keys, forced segments), forward, backward and token by token, and
-compares every output with the float64 oracle. A failure prints its seed; --replay SEED runs exactly that call."""
+_DESCRIPTION = """Runs random calls, biased towards edges (lengths 0, 1, 63, 64, 65, odd widths, grouped heads, packed sequences with
+gaps, strided inputs, gates of 0 and -inf, beta of 0, 1 and 2, zero and repeated keys, forced segments), forward, backward and token by
+token, and compares every output with the float64 oracle. A failure prints its seed; --replay SEED runs exactly that call."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -136,9 +136,9 @@ def _instruction_set(args: argparse.Namespace, case: Case, place: device.Cpu | d
 
 
 def _print_outcome(console: Console, outcome: Outcome, instruction_set: str) -> None:
-    console.print(f"seed {outcome.case.seed}, instruction set {instruction_set}: {outcome.case.describe()}")
+    console.print(f"seed {outcome.case.seed}, instruction set {instruction_set}: {outcome.case.describe()}", soft_wrap=True)
     for fault in outcome.faults:
-        console.print(f"  FAULT {fault}")
+        console.print(f"  FAULT {fault}", soft_wrap=True)
     for error in outcome.errors:
         rule = ", against the size of its terms" if error.name in outcome.by_terms else ""
         console.print(f"  {error.name}: error {error.value:.2e}, bound {error.bound:.1e}{rule}: {'ok' if error.ok else 'OUTSIDE'}")
