@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,68 +10,48 @@ import numpy as np
 from flashdelta import _lib, _shapes
 from flashdelta._options import Options
 
-_CPU = 1
 _DTYPE_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}  # DLDataTypeCode by NumPy's kind
 _BFLOAT16_CODE = 4
 
 Array = np.ndarray
 
 
-def _dtype_code(name: str, dtype: np.dtype) -> int:
+@functools.cache
+def _dtype_code(dtype: np.dtype) -> int | None:
     if dtype.name == "bfloat16":  # ml_dtypes': NumPy itself has none
         return _BFLOAT16_CODE
-    if dtype.isbuiltin != 1 or not dtype.isnative or dtype.kind not in _DTYPE_CODES:
-        raise TypeError(f"{name}: dtype is {dtype}; it must be a native NumPy number or ml_dtypes.bfloat16")
-    return _DTYPE_CODES[dtype.kind]
+    known = dtype.isbuiltin == 1 and dtype.isnative
+    return _DTYPE_CODES.get(dtype.kind) if known else None
 
 
-def _dltensor(name: str, array: Any, output: bool) -> _lib.DLTensor:
+def _view(name: str, array: Any, output: bool) -> _lib.TensorView | None:
+    if array is None:
+        return None
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name}: is a {type(array).__name__}; it must be a NumPy array, as q is")
     if output and not array.flags.writeable:
         raise ValueError(f"{name}: is read-only; it is written")
-    code = _dtype_code(name, array.dtype)
-    size = array.dtype.itemsize
+    code = _dtype_code(array.dtype)
+    if code is None:
+        raise TypeError(f"{name}: dtype is {array.dtype}; it must be a native NumPy number or ml_dtypes.bfloat16")
+    size = array.itemsize
     if any(stride % size for stride in array.strides):
         raise ValueError(f"{name}: strides are {array.strides} bytes; they must be multiples of its element's {size}")
-    axes = ctypes.c_int64 * array.ndim
-    return _lib.DLTensor(
-        data=array.__array_interface__["data"][0],
-        device_type=_CPU,
-        ndim=array.ndim,
-        dtype_code=code,
-        dtype_bits=8 * size,
-        dtype_lanes=1,
-        shape=axes(*array.shape),
-        strides=axes(*(stride // size for stride in array.strides)),
-    )
+    return _lib.TensorView(array.ctypes.data, code, 8 * size, array.shape, tuple(stride // size for stride in array.strides))
 
 
-def _workspace(size: int) -> Array:
-    alignment = 64
-    space = np.empty(size + alignment, np.uint8)
-    start = -space.__array_interface__["data"][0] % alignment
-    return space[start : start + size]
+class _Workspace:
+    """Bytes at an aligned address."""
+
+    def __init__(self, size: int) -> None:
+        alignment = 64
+        self._space = np.empty(size + alignment, np.uint8)
+        self.address = -(-self._space.ctypes.data // alignment) * alignment
 
 
-def _call(operation: str, struct: type, inputs: dict[str, Any], outputs: dict[str, Any], options: Options) -> None:
-    lib = _lib.library()
-    args = struct(struct_size=ctypes.sizeof(struct))
-    args.options.has_scale = options.scale is not None
-    args.options.scale = options.scale or 0.0
-    for name, value in zip(_lib.INTEGER_OPTIONS, options.integers, strict=True):
-        setattr(args.options, name, value)
-    args.options.context_parallel_tolerance = options.tolerance
-    for arrays, output in ((inputs, False), (outputs, True)):
-        for name, array in arrays.items():
-            if array is not None:
-                setattr(args, name, ctypes.pointer(_dltensor(name, array, output)))
-    needed = ctypes.c_size_t()
-    _lib.check(getattr(lib, f"flashdelta_{operation}_workspace_size")(args, needed))
-    if needed.value:
-        workspace = _workspace(needed.value)
-        args.workspace, args.workspace_size = workspace.__array_interface__["data"][0], needed.value
-    _lib.check(getattr(lib, f"flashdelta_{operation}")(args))
+def _call(operation: str, names: tuple[str, ...], inputs: dict[str, Any], outputs: dict[str, Any], options: Options) -> None:
+    views = [_view(name, outputs[name], True) if name in outputs else _view(name, inputs.get(name), False) for name in names]
+    _lib.call(operation, views, options, _Workspace)
 
 
 def _offsets(cu_seqlens: Any) -> Array | None:
@@ -123,10 +103,12 @@ def forward(
         final_state = named["initial_state"]
     elif final_state is None and output_final_state:
         final_state = np.empty(_shapes.state(q, v, cu_seqlens, options), _final_state_dtype(final_state_dtype, q))
-    shapes = (_shapes.saved_c(v), _shapes.saved_T(v), _shapes.saved_states(q, v, cu_seqlens, options))
-    saved = [np.empty(shape, np.float32) if wanted else None for shape, wanted in zip(shapes, save or (False,) * 3, strict=True)]
+    saved: list[Any] = [None] * 3
+    if save:
+        shapes = (_shapes.saved_c(v), _shapes.saved_T(v), _shapes.saved_states(q, v, cu_seqlens, options))
+        saved = [np.empty(shape, np.float32) if wanted else None for shape, wanted in zip(shapes, save, strict=True)]
     outputs = dict(zip(("o", "final_state", *_lib.SAVED), (o, final_state, *saved), strict=True))
-    _call(operation, _lib.ForwardArgs, named, outputs, options)
+    _call(operation, _lib.FORWARD_TENSORS, named, outputs, options)
     return (o, final_state if output_final_state or inplace_state else None, *saved)
 
 
@@ -145,7 +127,7 @@ def backward(
     gradients = [np.empty(x.shape, x.dtype) if isinstance(x, np.ndarray) else None for x in owners]
     named.update(zip(_lib.SAVED, saved, strict=True))
     named.update(d_o=d_o, d_final_state=d_final_state)
-    _call("chunk_backward", _lib.BackwardArgs, named, dict(zip(_lib.GRADIENTS, gradients, strict=True)), options)
+    _call("chunk_backward", _lib.BACKWARD_TENSORS, named, dict(zip(_lib.GRADIENTS, gradients, strict=True)), options)
     return tuple(gradients)
 
 

@@ -223,8 +223,12 @@ torch.library.register_autograd(
 # The face
 
 
+_DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+
+
 def _check_types(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
-    for name, tensor in zip(names, tensors, strict=True):
+    for i, tensor in enumerate(tensors):
+        name = names[i]
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("q", "k", "v")):
             raise TypeError(f"{name}: is a {type(tensor).__name__}; it must be a torch tensor, as q is")
 
@@ -246,7 +250,7 @@ def _prepared(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
     # The inputs with cu_seqlens as a tensor, and whether gradients flow to any of them.
     q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias = inputs
     differentiable = (q, k, v, g, beta, initial_state, A_log, dt_bias)
-    _check_types(("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias"), differentiable)
+    _check_types(_DIFFERENTIABLE, differentiable)
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     return (q, k, v, g, beta, initial_state, _offsets(cu_seqlens, q.device), A_log, dt_bias), recorded
 
@@ -309,8 +313,12 @@ def forward(
         mask = SAVE_ALL if recorded and not options.is_reference else 0
     else:
         mask = sum(1 << i for i, wanted in enumerate(save) if wanted)
-    if o is not None or final_state is not None or inplace_state:
+    buffers = o is not None or final_state is not None or inplace_state
+    if buffers:
         _unrecorded("inplace_state" if inplace_state else "final_state" if o is None else "o", recorded)
+    # What writes into given tensors has no gradient to set up, which takes torch as long as a decoded token. A compiler has the
+    # functional operator instead: it plans the memory itself.
+    if buffers or not (recorded or torch.compiler.is_compiling()):
         return _forward_out(operation, inputs, options, o, final_state, dtype, mask, inplace_state)
     if operation == "recurrent_forward":
         o, final_state = _OPS.recurrent_forward.default(*inputs, *options, dtype)

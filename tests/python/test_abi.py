@@ -1,4 +1,4 @@
-"""The ctypes mirror of the C ABI against the header itself."""
+"""What Python knows of the C ABI against the header itself."""
 
 import re
 from pathlib import Path
@@ -16,15 +16,15 @@ def fields_of(struct: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("struct", "mirror"),
+    ("struct", "names"),
     [
-        ("flashdelta_options", lib.OptionsStruct),
-        ("flashdelta_forward_args", lib.ForwardArgs),
-        ("flashdelta_backward_args", lib.BackwardArgs),
+        ("flashdelta_options", lib.OPTIONS),
+        ("flashdelta_forward_args", ("struct_size", "options", *lib.FORWARD_TENSORS, "workspace", "workspace_size")),
+        ("flashdelta_backward_args", ("struct_size", "options", *lib.BACKWARD_TENSORS, "workspace", "workspace_size")),
     ],
 )
-def test_fields_stand_in_the_headers_order(struct, mirror):
-    assert [name for name, *_ in mirror._fields_] == fields_of(struct)
+def test_fields_stand_in_the_headers_order(struct, names):
+    assert list(names) == fields_of(struct)
 
 
 def test_choices_have_the_headers_numbers():
