@@ -17,7 +17,7 @@ Call reference_call(const Case& c) {
 void set(Call& call, const char* name, const std::vector<double>& values) {
   HostTensor& tensor = call.inputs[name];
   ASSERT_EQ(tensor.size(), static_cast<std::int64_t>(values.size()));
-  for (std::size_t i = 0; i < values.size(); ++i) tensor.put(static_cast<std::int64_t>(i), values[i]);
+  tensor.assign(values);
 }
 
 // Two tokens of one key and one value channel, worked out on paper:

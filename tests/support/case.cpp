@@ -53,20 +53,13 @@ double random_gate(Random& random, std::int64_t head) {
 
 double make_gate(Gate kind, std::int64_t t, std::int64_t head, Random& random) {
   switch (kind) {
-    case Gate::strong:
-      return -1000;
-    case Gate::infinite:
-      return -kInfinity;
-    case Gate::bursts:
-      return t % 20 < 3 ? -30 * random.uniform() : 0;
-    case Gate::in_kernel:
-      return random.normal();
-    case Gate::random:
-      return random_gate(random, head);
-    case Gate::mixed:
-      break;
-    default:
-      return 0;
+    case Gate::strong: return -1000;
+    case Gate::infinite: return -kInfinity;
+    case Gate::bursts: return t % 20 < 3 ? -30 * random.uniform() : 0;
+    case Gate::in_kernel: return random.normal();
+    case Gate::random: return random_gate(random, head);
+    case Gate::mixed: break;
+    default: return 0;
   }
   const double per_head[] = {0, -1000, random_gate(random, 0), t % 7 == 3 ? -kInfinity : -0.01};
   return per_head[head % 4];
@@ -74,17 +67,12 @@ double make_gate(Gate kind, std::int64_t t, std::int64_t head, Random& random) {
 
 double make_beta(Beta kind, Random& random) {
   switch (kind) {
-    case Beta::zero:
-      return 0;
-    case Beta::two:
-      return 2;
-    case Beta::random:
-      return 1 / (1 + std::exp(-random.normal()));
+    case Beta::zero: return 0;
+    case Beta::two: return 2;
+    case Beta::random: return 1 / (1 + std::exp(-random.normal()));
     case Beta::sigmoid:
-    case Beta::sigmoid_twice:
-      return random.normal();
-    default:
-      return 1;
+    case Beta::sigmoid_twice: return random.normal();
+    default: return 1;
   }
 }
 
@@ -151,6 +139,43 @@ Call make_call(const Case& c) {
   if (c.d_o) call.inputs["d_o"] = normal_tensor(v_dtype, {c.B, c.T, c.HV, c.V}, random);
   if (c.d_final_state) call.inputs["d_final_state"] = normal_tensor(c.state_dtype, states, random, 0.5);
   return call;
+}
+
+Call tokens_of(const Call& call, std::int64_t begin, std::int64_t end) {
+  Call result = call;
+  result.made_from.T = end - begin;
+  for (const char* name : {"q", "k", "v", "g", "beta", "d_o"}) {
+    if (call.inputs.contains(name)) result.inputs[name] = call.inputs.at(name).slice(1, begin, end);
+  }
+  return result;
+}
+
+Call sequence_of(const Call& packed, std::int64_t n) {
+  const std::vector<std::int64_t>& offsets = packed.made_from.cu_seqlens;
+  Call result = tokens_of(packed, offsets[n], offsets[n + 1]);
+  result.set_cu_seqlens({});
+  for (const char* name : {"initial_state", "d_final_state"}) {
+    if (packed.inputs.contains(name)) result.inputs[name] = packed.inputs.at(name).slice(0, n, n + 1);
+  }
+  return result;
+}
+
+Tensors results_of_sequence(const Call& packed, const Tensors& results, std::int64_t n) {
+  const std::vector<std::int64_t>& offsets = packed.made_from.cu_seqlens;
+  Tensors parts;
+  for (const auto& [name, tensor] : results) {
+    if (name == "final_state" || name == "d_initial_state") {
+      parts[name] = tensor.slice(0, n, n + 1);
+    } else if (tensor.shape().size() > 2 && !name.starts_with("saved")) {
+      parts[name] = tensor.slice(1, offsets[n], offsets[n + 1]);
+    }
+  }
+  return parts;
+}
+
+Tensors results_only(Tensors tensors) {
+  for (const char* name : {"saved_c", "saved_T", "saved_states"}) tensors.erase(name);
+  return tensors;
 }
 
 Call oracle_call(const Call& call) {

@@ -88,13 +88,22 @@ Tensors forward_and_backward(Call& call);
 Call oracle_call(const Call& call);
 Tensors oracle_forward(const Call& call);
 Tensors oracle_backward(const Call& call);
+Tensors oracle_forward_and_backward(const Call& call);
 
 // ||x - x64|| / max(||x64||, floor): NaN where x holds one, 0 where both are zero.
 double relative_error(const HostTensor& x, const HostTensor& x64, double floor = 0);
 
 // Holds every output that `got` has and the contract names against the oracle. Returns the largest error / tolerance.
 double expect_contract(const Call& call, const Tensors& got, const std::string& context = "");
+// The same against an answer of the oracle that several calls share.
+double expect_contract(const Call& call, const Tensors& got, const Tensors& oracle, const std::string& context);
 void expect_same_bits(const Tensors& a, const Tensors& b, const std::string& context = "");
+
+// Tokens [begin, end) of every row (a call without cu_seqlens), and sequence n of a packed call, as a call of its own.
+Call tokens_of(const Call& call, std::int64_t begin, std::int64_t end);
+Call sequence_of(const Call& packed, std::int64_t n);
+// What a packed call gave for sequence n; without the sums over sequences dA_log and d_dt_bias.
+Tensors results_of_sequence(const Call& packed, const Tensors& results, std::int64_t n);
 
 // Without the saved tensors, whose layout is the backend's.
 Tensors results_only(Tensors tensors);

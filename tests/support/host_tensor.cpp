@@ -4,8 +4,6 @@
 #include <cstring>
 #include <numeric>
 
-#include "op/element.hpp"
-
 namespace flashdelta::testing {
 namespace {
 
@@ -60,7 +58,7 @@ std::shared_ptr<HostTensor::Buffer> HostTensor::make_buffer(std::size_t bytes) {
 HostTensor::HostTensor(DType dtype, Shape shape, Layout layout)
     : dtype_(dtype), shape_(std::move(shape)), strides_(strides_of(shape_, layout)) {
   buffer_ = make_buffer(static_cast<std::size_t>(extent(shape_, strides_) * op::size_of(dtype)));
-  for (std::int64_t i = 0; i < size(); ++i) std::fill_n(at(index_of(i)), op::size_of(dtype_), kNaN);
+  for (std::int64_t i = 0; i < size(); ++i) std::fill_n(at(i), op::size_of(dtype_), kNaN);
 }
 
 HostTensor::HostTensor(const HostTensor& other)
@@ -90,12 +88,11 @@ HostTensor HostTensor::view(Shape shape, Shape strides, std::int64_t offset) con
 HostTensor HostTensor::converted(DType dtype, Layout layout) const {
   HostTensor result(dtype, shape_, layout);
   for (std::int64_t i = 0; i < size(); ++i) {
-    const Shape index = index_of(i);
     // The same dtype keeps its bits, NaN payloads too.
     if (dtype == dtype_) {
-      std::memcpy(result.at(index), at(index), static_cast<std::size_t>(op::size_of(dtype)));
+      std::memcpy(result.at(i), at(i), static_cast<std::size_t>(op::size_of(dtype)));
     } else {
-      result.set(index, get(index));
+      result.put(i, (*this)[i]);
     }
   }
   return result;
@@ -108,25 +105,29 @@ HostTensor HostTensor::swapped_last_two() const {
   return result.with_layout(Layout::contiguous);
 }
 
-HostTensor HostTensor::slice(std::size_t axis, std::int64_t begin, std::int64_t end) const {
+HostTensor HostTensor::part(std::size_t axis, std::int64_t begin, std::int64_t end) const {
   Shape shape = shape_;
   shape[axis] = end - begin;
-  return view(std::move(shape), strides_, begin * strides_[axis]).with_layout(Layout::contiguous);
+  return view(std::move(shape), strides_, begin * strides_[axis]);
+}
+
+HostTensor HostTensor::slice(std::size_t axis, std::int64_t begin, std::int64_t end) const {
+  return part(axis, begin, end).with_layout(Layout::contiguous);
 }
 
 std::int64_t HostTensor::size() const { return present() ? count(shape_) : 0; }
 
-Shape HostTensor::index_of(std::int64_t position) const {
-  Shape index(shape_.size());
-  for (std::size_t axis = shape_.size(); axis-- > 0;) {
-    index[axis] = position % shape_[axis];
-    position /= shape_[axis];
-  }
-  return index;
-}
-
 std::byte* HostTensor::at(const Shape& index) const {
   const std::int64_t element = std::inner_product(index.begin(), index.end(), strides_.begin(), offset_);
+  return buffer_->bytes.data() + buffer_->first + element * op::size_of(dtype_);
+}
+
+std::byte* HostTensor::at(std::int64_t position) const {
+  std::int64_t element = offset_;
+  for (std::size_t axis = shape_.size(); axis-- > 0;) {
+    element += position % shape_[axis] * strides_[axis];
+    position /= shape_[axis];
+  }
   return buffer_->bytes.data() + buffer_->first + element * op::size_of(dtype_);
 }
 
@@ -143,11 +144,15 @@ void HostTensor::fill(double value) {
   for (std::int64_t i = 0; i < size(); ++i) put(i, value);
 }
 
+void HostTensor::assign(const std::vector<double>& values) {
+  for (std::int64_t i = 0; i < size(); ++i) put(i, values[static_cast<std::size_t>(i)]);
+}
+
 std::vector<std::byte> HostTensor::bits() const {
   std::vector<std::byte> result;
   result.reserve(static_cast<std::size_t>(size() * op::size_of(dtype_)));
   for (std::int64_t i = 0; i < size(); ++i) {
-    const std::byte* from = at(index_of(i));
+    const std::byte* from = at(i);
     result.insert(result.end(), from, from + op::size_of(dtype_));
   }
   return result;
@@ -157,7 +162,7 @@ bool HostTensor::guards_intact() const {
   if (!present()) return true;
   std::vector<bool> owned(buffer_->bytes.size(), false);
   for (std::int64_t i = 0; i < size(); ++i) {
-    const auto first = static_cast<std::size_t>(at(index_of(i)) - buffer_->bytes.data());
+    const auto first = static_cast<std::size_t>(at(i) - buffer_->bytes.data());
     std::fill_n(owned.begin() + static_cast<std::ptrdiff_t>(first), op::size_of(dtype_), true);
   }
   for (std::size_t i = 0; i < owned.size(); ++i) {

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "op/problem.hpp"
+#include "op/element.hpp"
 
 namespace flashdelta::testing {
 
@@ -40,7 +40,8 @@ class HostTensor {
   [[nodiscard]] HostTensor converted(DType dtype, Layout layout = Layout::contiguous) const;
   [[nodiscard]] HostTensor with_layout(Layout layout) const { return converted(dtype_, layout); }
   [[nodiscard]] HostTensor swapped_last_two() const;
-  // Entries [begin, end) of one axis, as a new tensor.
+  // Entries [begin, end) of one axis: a view, and a new tensor.
+  [[nodiscard]] HostTensor part(std::size_t axis, std::int64_t begin, std::int64_t end) const;
   [[nodiscard]] HostTensor slice(std::size_t axis, std::int64_t begin, std::int64_t end) const;
 
   [[nodiscard]] bool present() const { return buffer_ != nullptr; }
@@ -51,10 +52,11 @@ class HostTensor {
   // Elements by index or by position in row-major order, whatever the layout.
   [[nodiscard]] double get(const Shape& index) const;
   void set(const Shape& index, double value);
-  [[nodiscard]] double operator[](std::int64_t position) const { return get(index_of(position)); }
-  void put(std::int64_t position, double value) { set(index_of(position), value); }
+  [[nodiscard]] double operator[](std::int64_t position) const { return op::load_element(dtype_, at(position)); }
+  void put(std::int64_t position, double value) { op::store_element(dtype_, at(position), value); }
   [[nodiscard]] std::vector<double> values() const;
   void fill(double value);
+  void assign(const std::vector<double>& values);
 
   // The elements' bytes in row-major order.
   [[nodiscard]] std::vector<std::byte> bits() const;
@@ -72,8 +74,8 @@ class HostTensor {
   };
   static std::shared_ptr<Buffer> make_buffer(std::size_t bytes);
 
-  [[nodiscard]] Shape index_of(std::int64_t position) const;
   [[nodiscard]] std::byte* at(const Shape& index) const;
+  [[nodiscard]] std::byte* at(std::int64_t position) const;
 
   DType dtype_ = DType::f32;
   Shape shape_, strides_;
