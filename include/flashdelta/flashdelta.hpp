@@ -210,17 +210,17 @@ struct Options {
 /// Arguments of chunk_forward and recurrent_forward. q, k, v and o are required, the others may be left empty.
 struct ForwardArgs {
   Options options{};
-  std::optional<TensorView> q{}, k{};          ///< [B, T, H, K]
-  std::optional<TensorView> v{};               ///< [B, T, HV, V]
-  std::optional<TensorView> g{}, beta{};       ///< [B, T, HV]
-  std::optional<TensorView> initial_state{};   ///< [N, HV, K, V]
-  std::optional<TensorView> cu_seqlens{};      ///< [N + 1] int32 or int64
+  std::optional<TensorView> q{}, k{};            ///< [B, T, H, K]
+  std::optional<TensorView> v{};                 ///< [B, T, HV, V]
+  std::optional<TensorView> g{}, beta{};         ///< [B, T, HV]
+  std::optional<TensorView> initial_state{};     ///< [N, HV, K, V]
+  std::optional<TensorView> cu_seqlens{};        ///< [N + 1] int32 or int64
   std::optional<TensorView> A_log{}, dt_bias{};  ///< [HV]
-  std::optional<TensorView> o{};               ///< [B, T, HV, V], written completely
-  std::optional<TensorView> final_state{};     ///< [N, HV, K, V]; may be initial_state itself
-  std::optional<TensorView> saved_c{};         ///< [B, T, HV] fp32
-  std::optional<TensorView> saved_T{};         ///< [B, T, HV, 64] fp32
-  std::optional<TensorView> saved_states{};    ///< [saved_states_slots(...), HV, K, V] fp32 or bf16
+  std::optional<TensorView> o{};                 ///< [B, T, HV, V], written completely
+  std::optional<TensorView> final_state{};       ///< [N, HV, K, V]; may be initial_state itself
+  std::optional<TensorView> saved_c{};           ///< [B, T, HV] fp32
+  std::optional<TensorView> saved_T{};           ///< [B, T, HV, 64] fp32
+  std::optional<TensorView> saved_states{};      ///< [saved_states_slots(...), HV, K, V] fp32 or bf16
 };
 
 /// Arguments of chunk_backward. q, k, v are required, saved_states too except by the reference backend.

@@ -46,8 +46,8 @@ int usable_threads() {
 }
 
 std::string device_json(const cuda::Device& d) {
-  return fmt::format(R"({{"name": {}, "compute_capability": "{}.{}", "multiprocessors": {}, "memory": {}}})", quoted(std::string_view(d.name)),
-                     d.major, d.minor, d.multiprocessors, d.memory);
+  return fmt::format(R"({{"name": {}, "compute_capability": "{}.{}", "multiprocessors": {}, "memory": {}}})",
+                     quoted(std::string_view(d.name)), d.major, d.minor, d.multiprocessors, d.memory);
 }
 
 std::string cuda_json() {
@@ -65,8 +65,8 @@ std::string cpu_json() {
 }  // namespace
 
 std::string info_json() {
-  return fmt::format(R"({{"version": {}, "backends": ["cpu", "reference"], "cpu": {}, "cuda": {}}})", quoted(std::string_view(flashdelta_version())),
-                     cpu_json(), cuda_json());
+  return fmt::format(R"({{"version": {}, "backends": ["cpu", "reference"], "cpu": {}, "cuda": {}}})",
+                     quoted(std::string_view(flashdelta_version())), cpu_json(), cuda_json());
 }
 
 }  // namespace flashdelta

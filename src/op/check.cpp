@@ -30,15 +30,16 @@ class Call {
 
   // Sizes come from q, v and cu_seqlens; every other shape follows.
   void sizes(const DLTensor* q, const DLTensor* v, const DLTensor* cu_seqlens);
-  void inputs(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* g, const DLTensor* beta, const DLTensor* initial_state,
-              const DLTensor* A_log, const DLTensor* dt_bias);
+  void inputs(const DLTensor* q, const DLTensor* k, const DLTensor* v, const DLTensor* g, const DLTensor* beta,
+              const DLTensor* initial_state, const DLTensor* A_log, const DLTensor* dt_bias);
   void saved(const DLTensor* c, const DLTensor* T, const DLTensor* states, Use use);
 
   // A tensor of the axes a rule names, or nothing where it is absent.
   Tensor take(const Rule& rule, const DLTensor* tensor);
   Tensor take_state(const char* name, const DLTensor* tensor, Use use, DTypes dtypes, const char* wanted = "");
   // A gradient has its argument's shape; its dtype too, except that the reference backend writes any. No axes: a state.
-  Tensor take_gradient(const char* name, const DLTensor* gradient, const char* argument_name, const Tensor& argument, std::optional<Axes> axes);
+  Tensor take_gradient(const char* name, const DLTensor* gradient, const char* argument_name, const Tensor& argument,
+                       std::optional<Axes> axes);
   void workspace(void* data, std::size_t size);
 
   [[nodiscard]] Axes key_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"H", p_.H}, {"K", p_.K}}; }
@@ -99,11 +100,10 @@ void Call::widths() {
 }
 
 void Call::device(const char* name, const DLTensor& tensor) const {
-  const auto on_host = [](DLDevice d) { return d.device_type == kDLCPU || d.device_type == kDLCUDAHost; };
-  const DLDevice d = tensor.device;
-  if (on_host(d) && on_host(device_)) return;
-  if (d.device_type == device_.device_type && d.device_id == device_.device_id) return;
-  refuse_value(fmt::format("{}: is on {}, but q is on {}; all tensors must be on one device", name, device_name(d), device_name(device_)));
+  if (on_host(tensor.device) && on_host(device_)) return;
+  if (device_type(tensor.device) == device_type(device_) && tensor.device.device_id == device_.device_id) return;
+  refuse_value(fmt::format("{}: is on {}, but q is on {}; all tensors must be on one device", name, device_name(tensor.device),
+                           device_name(device_)));
 }
 
 Tensor Call::take(const Rule& rule, const DLTensor* tensor) {
@@ -156,8 +156,8 @@ void Call::saved(const DLTensor* c, const DLTensor* T, const DLTensor* states, U
   const Axes rows{{"B", p_.B}, {"T", p_.T}, {"HV", p_.HV}, {"64", FLASHDELTA_CHUNK}};
   p_.saved_c = take({"saved_c", use, gate_axes(), {DType::f32}}, c);
   p_.saved_T = take({"saved_T", use, rows, {DType::f32}}, T);
-  p_.saved_states = take({"saved_states", use, {{"S", saved_states_slots(p_)}, {"HV", p_.HV}, {"K", p_.K}, {"V", p_.V}}, {DType::f32, DType::bf16}},
-                         states);
+  p_.saved_states = take(
+      {"saved_states", use, {{"S", saved_states_slots(p_)}, {"HV", p_.HV}, {"K", p_.K}, {"V", p_.V}}, {DType::f32, DType::bf16}}, states);
 }
 
 Tensor Call::take_gradient(const char* name, const DLTensor* gradient, const char* argument_name, const Tensor& argument,

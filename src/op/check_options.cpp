@@ -29,7 +29,8 @@ void check_scale(const flashdelta_options& options) {
 
 double check_tolerance(double tolerance) {
   if (!(tolerance >= 0 && tolerance < 1)) {
-    refuse_value(fmt::format("context_parallel_tolerance: is {}; it must be at least 0 and below 1 (0 means {})", tolerance, kDefaultTolerance));
+    refuse_value(
+        fmt::format("context_parallel_tolerance: is {}; it must be at least 0 and below 1 (0 means {})", tolerance, kDefaultTolerance));
   }
   return tolerance == 0 ? kDefaultTolerance : tolerance;
 }
@@ -64,12 +65,11 @@ void check_options(const flashdelta_options& options, Problem* problem) {
 }
 
 Backend check_backend(const flashdelta_options& options, const DLTensor& q) {
-  const int device = static_cast<int>(q.device.device_type);
-  const bool on_host = device == kDLCPU || device == kDLCUDAHost;
-  if (!on_host && device != kDLCUDA) {
+  const bool host = on_host(q.device);
+  if (!host && device_type(q.device) != kDLCUDA) {
     refuse_value(fmt::format("q: is on {}; tensors must be on cpu, cuda_host or cuda", device_name(q.device)));
   }
-  if (!on_host && q.device.device_id < 0) refuse_value(fmt::format("q: device id is {}; it cannot be negative", q.device.device_id));
+  if (!host && q.device.device_id < 0) refuse_value(fmt::format("q: device id is {}; it cannot be negative", q.device.device_id));
 
   const auto refuse = [&](Backend backend) {
     refuse_value(fmt::format("backend: is {}, but q is on {}; it must be auto or a backend for that device", backend_name(backend),
@@ -77,15 +77,15 @@ Backend check_backend(const flashdelta_options& options, const DLTensor& q) {
   };
   switch (options.backend) {
     case FLASHDELTA_BACKEND_CPU:
-      if (!on_host) refuse(Backend::cpu);
+      if (!host) refuse(Backend::cpu);
       return Backend::cpu;
     case FLASHDELTA_BACKEND_REFERENCE:
-      if (!on_host) refuse(Backend::reference);
+      if (!host) refuse(Backend::reference);
       return Backend::reference;
     case FLASHDELTA_BACKEND_CUDA:
-      if (on_host) refuse(Backend::cuda);
+      if (host) refuse(Backend::cuda);
       return Backend::cuda;
-    default: return on_host ? Backend::cpu : Backend::cuda;
+    default: return host ? Backend::cpu : Backend::cuda;
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -100,8 +101,8 @@ void check_elements_apart(const char* name, const Layout& layout, int rank) {
     const std::int64_t stride = layout.stride[i];
     if (stride < 0) refuse_value(fmt::format("{}: axis {} has stride {}; an output's strides cannot be negative", name, i, stride));
     if (stride < inner) {
-      refuse_value(fmt::format("{}: axis {} of size {} has stride {}, so elements of this output share memory; it must be at least {}", name, i,
-                               layout.shape[i], stride, inner));
+      refuse_value(fmt::format("{}: axis {} of size {} has stride {}, so elements of this output share memory; it must be at least {}",
+                               name, i, layout.shape[i], stride, inner));
     }
     inner += (layout.shape[i] - 1) * stride;
   }
@@ -125,7 +126,8 @@ void* address_of(const char* name, const DLTensor& tensor, std::int64_t element_
     refuse_value(fmt::format("{}: byte_offset {} leaves the address space", name, tensor.byte_offset));
   }
   if (address % static_cast<std::uintptr_t>(element_size) != 0) {
-    refuse_value(fmt::format("{}: data (with byte_offset {}) is not aligned to its element's {} bytes", name, tensor.byte_offset, element_size));
+    refuse_value(
+        fmt::format("{}: data (with byte_offset {}) is not aligned to its element's {} bytes", name, tensor.byte_offset, element_size));
   }
   return static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
 }
@@ -138,7 +140,8 @@ std::string names_of(const Axes& axes) {
 
 void check_shape(const Rule& rule, const DLTensor& tensor) {
   check_rank(rule.name, tensor, rule.axes);
-  if (std::equal(rule.axes.begin(), rule.axes.end(), tensor.shape, [](const Axis& axis, std::int64_t size) { return axis.size == size; })) return;
+  if (std::equal(rule.axes.begin(), rule.axes.end(), tensor.shape, [](const Axis& axis, std::int64_t size) { return axis.size == size; }))
+    return;
   std::vector<std::int64_t> sizes;
   for (const Axis& axis : rule.axes) sizes.push_back(axis.size);
   const int rank = rule.axes.rank();
@@ -184,13 +187,23 @@ std::string dtype_name(DType dtype) {
 
 std::string dtype_name(DLDataType dtype) {
   static constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  const std::string base = dtype.code < std::size(kCodes) ? fmt::format("{}{}", kCodes[dtype.code], static_cast<int>(dtype.bits))
-                                                          : fmt::format("code {} of {} bits", static_cast<int>(dtype.code), static_cast<int>(dtype.bits));
+  const std::string base = dtype.code < std::size(kCodes)
+                               ? fmt::format("{}{}", kCodes[dtype.code], static_cast<int>(dtype.bits))
+                               : fmt::format("code {} of {} bits", static_cast<int>(dtype.code), static_cast<int>(dtype.bits));
   return dtype.lanes == 1 ? base : fmt::format("{} x {} lanes", base, static_cast<int>(dtype.lanes));
 }
 
-std::string device_name(DLDevice device) {
-  switch (static_cast<int>(device.device_type)) {
+std::int32_t device_type(const DLDevice& device) {
+  std::int32_t type = 0;
+  static_assert(sizeof(type) == sizeof(device.device_type));
+  std::memcpy(&type, &device.device_type, sizeof(type));
+  return type;
+}
+
+bool on_host(const DLDevice& device) { return device_type(device) == kDLCPU || device_type(device) == kDLCUDAHost; }
+
+std::string device_name(const DLDevice& device) {
+  switch (device_type(device)) {
     case kDLCPU: return "cpu";
     case kDLCUDA: return fmt::format("cuda:{}", device.device_id);
     case kDLCUDAHost: return "cuda_host";
@@ -199,14 +212,15 @@ std::string device_name(DLDevice device) {
     case kDLMetal: return "metal";
     case kDLROCM: return "rocm";
     case kDLCUDAManaged: return "cuda_managed";
-    default: return fmt::format("device type {}", static_cast<int>(device.device_type));
+    default: return fmt::format("device type {}", device_type(device));
   }
 }
 
 std::string shape_text(const std::int64_t* shape, int rank) { return fmt::format("[{}]", fmt::join(shape, shape + rank, ", ")); }
 
 void check_rank(const char* name, const DLTensor& tensor, const Axes& axes) {
-  if (tensor.ndim != axes.rank()) refuse_value(fmt::format("{}: has {} axes; it must have {}: {}", name, tensor.ndim, axes.rank(), names_of(axes)));
+  if (tensor.ndim != axes.rank())
+    refuse_value(fmt::format("{}: has {} axes; it must have {}: {}", name, tensor.ndim, axes.rank(), names_of(axes)));
   if (tensor.shape == nullptr) refuse_value(fmt::format("{}: shape is null", name));
   check_shape_values(name, tensor);
 }
@@ -252,7 +266,8 @@ void check_overlap(const std::vector<Footprint>& footprints, bool state_in_place
       if (a.use == Use::input && b.use == Use::input) continue;
       if (!certainly_overlap(a, b) || in_place(a, b)) continue;
       const bool b_is_output = b.use == Use::output;
-      refuse_value(fmt::format("{}: shares memory with {}; an output must have its own", b_is_output ? b.name : a.name, b_is_output ? a.name : b.name));
+      refuse_value(fmt::format("{}: shares memory with {}; an output must have its own", b_is_output ? b.name : a.name,
+                               b_is_output ? a.name : b.name));
     }
   }
 }

@@ -74,7 +74,10 @@ struct Footprint {
 
 std::string dtype_name(DType dtype);
 std::string dtype_name(DLDataType dtype);
-std::string device_name(DLDevice device);
+// As a number: whatever a caller left there, also where it is no value of the enum.
+std::int32_t device_type(const DLDevice& device);
+bool on_host(const DLDevice& device);
+std::string device_name(const DLDevice& device);
 std::string shape_text(const std::int64_t* shape, int rank);
 
 // Refuses another number of axes, and sizes that no tensor can have. The sizes that `axes` holds are not looked at.

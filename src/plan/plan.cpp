@@ -14,14 +14,16 @@ using op::Operation;
 using op::Problem;
 
 [[noreturn]] void refuse_cuda() {
-  throw op::Error(FLASHDELTA_UNAVAILABLE, "backend: tensors are on a CUDA device, but CUDA kernels are not part of this version; move them to the CPU");
+  throw op::Error(FLASHDELTA_UNAVAILABLE,
+                  "backend: tensors are on a CUDA device, but CUDA kernels are not part of this version; move them to the CPU");
 }
 
 void check_instruction_set(const Problem& p) {
   if (cpu::usable(p.instruction_set)) return;
   static constexpr const char* kNames[] = {"best", "baseline", "avx2", "avx512"};
-  throw op::Error(FLASHDELTA_UNAVAILABLE, fmt::format("instruction_set: is {} ({}), which this build or processor does not have; best always works",
-                                                      static_cast<int>(p.instruction_set), kNames[p.instruction_set]));
+  throw op::Error(FLASHDELTA_UNAVAILABLE,
+                  fmt::format("instruction_set: is {} ({}), which this build or processor does not have; best always works",
+                              static_cast<int>(p.instruction_set), kNames[p.instruction_set]));
 }
 
 std::size_t cpu_workspace_size(const Problem& p) {
@@ -45,9 +47,7 @@ void run_cpu(const Problem& p) {
 
 std::size_t workspace_size(const Problem& problem) {
   switch (problem.backend) {
-    case Backend::cpu:
-      check_instruction_set(problem);
-      return (cpu_workspace_size(problem) + 63) / 64 * 64;
+    case Backend::cpu: check_instruction_set(problem); return (cpu_workspace_size(problem) + 63) / 64 * 64;
     case Backend::cuda: refuse_cuda();
     case Backend::reference: return 0;
   }
@@ -57,8 +57,8 @@ std::size_t workspace_size(const Problem& problem) {
 void run(const Problem& problem) {
   const std::size_t needed = workspace_size(problem);
   if (problem.workspace_size < needed) {
-    throw op::Error(FLASHDELTA_VALUE_ERROR,
-                    fmt::format("workspace: {} bytes given; this call needs {} (ask the workspace_size function)", problem.workspace_size, needed));
+    throw op::Error(FLASHDELTA_VALUE_ERROR, fmt::format("workspace: {} bytes given; this call needs {} (ask the workspace_size function)",
+                                                        problem.workspace_size, needed));
   }
   if (problem.backend == Backend::cpu) return run_cpu(problem);
   return problem.operation == Operation::chunk_backward ? reference::backward(problem) : reference::forward(problem);

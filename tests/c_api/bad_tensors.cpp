@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <set>
 
@@ -10,9 +11,10 @@ namespace {
 constexpr auto kValue = FLASHDELTA_VALUE_ERROR;
 constexpr auto kType = FLASHDELTA_TYPE_ERROR;
 
-const std::vector<std::string> kTensors{"q",       "k",       "v",            "g",       "beta", "initial_state", "cu_seqlens", "A_log",
-                                        "dt_bias", "o",       "final_state",  "saved_c", "saved_T", "saved_states", "d_o",       "d_final_state",
-                                        "dq",      "dk",      "dv",           "dg",      "dbeta", "d_initial_state", "dA_log", "d_dt_bias"};
+const std::vector<std::string> kTensors{
+    "q",       "k",  "v",           "g",       "beta",    "initial_state",   "cu_seqlens", "A_log",
+    "dt_bias", "o",  "final_state", "saved_c", "saved_T", "saved_states",    "d_o",        "d_final_state",
+    "dq",      "dk", "dv",          "dg",      "dbeta",   "d_initial_state", "dA_log",     "d_dt_bias"};
 
 // The cases of one tensor, spelt as claims about it.
 class TensorCases {
@@ -44,8 +46,8 @@ class TensorCases {
  private:
   using Spoil = std::function<void(CallTensor&)>;
 
-  void add(const std::string& what, const std::vector<Entry>& entries, const Spoil& spoil, flashdelta_status status, const std::string& text,
-           bool cpu_only = false) {
+  void add(const std::string& what, const std::vector<Entry>& entries, const Spoil& spoil, flashdelta_status status,
+           const std::string& text, bool cpu_only = false) {
     const std::string name = name_;
     cases_.push_back({name_ + " " + what, entries, [=](Call& c) { spoil(c[name]); }, status, {name_ + ": " + text}, cpu_only});
   }
@@ -53,7 +55,8 @@ class TensorCases {
 
   void descriptions() {
     const auto rank = std::to_string(shape_.size());
-    add("of one more axis",
+    add(
+        "of one more axis",
         [](CallTensor& t) {
           t.shape.push_back(1);
           ++t.dl.ndim;
@@ -67,7 +70,9 @@ class TensorCases {
   // Sizes that q, v and cu_seqlens give are free: whether they fit is told of the others.
   void shapes() {
     add("with a negative size", [](CallTensor& t) { t.shape.back() = -3; }, "axis " + std::to_string(shape_.size() - 1) + " has size -3");
-    add("with a size past int32", [](CallTensor& t) { t.shape[0] = 2147483648; }, "axis 0 has size 2147483648; an axis has at most 2147483647");
+    add(
+        "with a size past int32", [](CallTensor& t) { t.shape[0] = 2147483648; },
+        "axis 0 has size 2147483648; an axis has at most 2147483647");
     if (name_ == "q" || name_ == "v" || name_ == "cu_seqlens") return;
     for (std::size_t i = 0; i < shape_.size(); ++i) {
       add("with one more on axis " + std::to_string(i), [i](CallTensor& t) { ++t.shape[i]; }, "shape is [");
@@ -78,7 +83,9 @@ class TensorCases {
   void types() {
     const bool offsets = name_ == "cu_seqlens";
     const DLDataType other = offsets ? kF32 : kInt32;
-    add(offsets ? "float32" : "int32", entries_, [=](CallTensor& t) { t.dl.dtype = other; }, kType, offsets ? "dtype is float32" : "dtype is int32");
+    add(
+        offsets ? "float32" : "int32", entries_, [=](CallTensor& t) { t.dl.dtype = other; }, kType,
+        offsets ? "dtype is float32" : "dtype is int32");
     add("complex", entries_, [](CallTensor& t) { t.dl.dtype = {kDLComplex, 64, 1}; }, kType, "dtype is complex64");
     add("of two lanes", entries_, [](CallTensor& t) { t.dl.dtype.lanes = 2; }, kType, "dtype is ");
     add("of 8 bits", entries_, [](CallTensor& t) { t.dl.dtype.bits = 8; }, kType, "dtype is ");
@@ -90,15 +97,18 @@ class TensorCases {
 
   void addresses() {
     add("with null data", [](CallTensor& t) { t.dl.data = nullptr; }, "data is null");
-    add("misaligned", [](CallTensor& t) { t.dl.data = static_cast<std::byte*>(t.dl.data) + 1; }, "data (with byte_offset 0) is not aligned");
+    add(
+        "misaligned", [](CallTensor& t) { t.dl.data = static_cast<std::byte*>(t.dl.data) + 1; },
+        "data (with byte_offset 0) is not aligned");
     add("misaligned by byte_offset", [](CallTensor& t) { t.dl.byte_offset = 1; }, "data (with byte_offset 1) is not aligned");
-    add("with a byte_offset past the address space",
-        [](CallTensor& t) { t.dl.byte_offset = std::numeric_limits<std::uint64_t>::max(); }, "byte_offset 18446744073709551615");
+    add(
+        "with a byte_offset past the address space", [](CallTensor& t) { t.dl.byte_offset = std::numeric_limits<std::uint64_t>::max(); },
+        "byte_offset 18446744073709551615");
   }
 
   void devices() {
     add("on an unsupported device", [](CallTensor& t) { t.dl.device = {kDLMetal, 0}; }, "is on metal");
-    add("on an unknown device", [](CallTensor& t) { t.dl.device.device_type = static_cast<DLDeviceType>(77); }, "is on device type 77");
+    add("on an unknown device", [](CallTensor& t) { std::memset(&t.dl.device.device_type, 77, 1); }, "is on device type 77");
     if (name_ != "q") add("on another device", [](CallTensor& t) { t.dl.device = {kDLCUDA, 0}; }, "is on cuda:0, but q is on cpu");
   }
 
@@ -109,7 +119,9 @@ class TensorCases {
     add("with the most negative stride", with_stride(std::numeric_limits<std::int64_t>::min()), "strides [");
     if (!readers_.empty()) add("with strides past the address space", readers_, with_stride(-(std::int64_t{1} << 58)), kValue, "strides [");
     if (name_ == "q" || name_ == "k" || name_ == "v") {
-      add("with a last axis of stride 2", [](CallTensor& t) { t.explicit_strides().back() = 2; }, "its last axis has stride 2; it must be contiguous");
+      add(
+          "with a last axis of stride 2", [](CallTensor& t) { t.explicit_strides().back() = 2; },
+          "its last axis has stride 2; it must be contiguous");
       add("with a last axis of stride -1", [](CallTensor& t) { t.explicit_strides().back() = -1; }, "its last axis has stride -1");
       add("with a last axis of stride 0", [](CallTensor& t) { t.explicit_strides().back() = 0; }, "its last axis has stride 0");
     }
@@ -127,7 +139,8 @@ class TensorCases {
           place + " of size " + size + " has stride " + std::to_string(strides_[axis] - 1));
     }
     const std::string name = name_;
-    cases_.push_back({name_ + " over q", writers_, [=](Call& c) { c[name].dl.data = c["q"].dl.data; }, kValue, {name_ + ": shares memory with q"}});
+    cases_.push_back(
+        {name_ + " over q", writers_, [=](Call& c) { c[name].dl.data = c["q"].dl.data; }, kValue, {name_ + ": shares memory with q"}});
   }
 
   std::string name_;

@@ -12,13 +12,13 @@
 namespace flashdelta {
 namespace {
 
+using abi_test::Call;
+using abi_test::Entry;
 using op::Backend;
 using op::DType;
 using op::Operation;
 using op::Problem;
 using op::Tensor;
-using abi_test::Call;
-using abi_test::Entry;
 using Sizes = std::array<std::int64_t, 4>;
 
 Problem checked(Call& call) {
