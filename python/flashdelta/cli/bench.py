@@ -18,13 +18,15 @@ from flashdelta.cli.models import MODELS, HeadLayout
 
 _DESCRIPTION = """Measures chunked forward, backward and the token-by-token path on random inputs: median time, time per token and value
 head, GFLOP/s beside the measured peak of the same instruction set, workspace, and the ratios between the passes. --suite cpu is the table
-of docs/numerics.md's promises: 16/16 heads, width 128, 4096 tokens, bf16 and fp32, every instruction set, one thread and all."""
+that bench/results records: 16/16 heads, width 128, 4096 tokens, bf16 and fp32, every instruction set, one thread and all."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser("bench", help="times, rates and ratios; JSON, table, plot", description=_DESCRIPTION)
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--model", choices=tuple(MODELS), help="a model's head layout (default: qwen3.5-0.8b)")
+    shape.add_argument(
+        "--model", choices=tuple(MODELS), metavar="NAME", help=f"a model's head layout: {', '.join(MODELS)} (default: qwen3.5-0.8b)"
+    )
     shape.add_argument("--heads", type=_heads, metavar="H/HV", help="key heads / value heads, such as 16/32")
     shape.add_argument("--suite", choices=("cpu", "models"), help="cpu: see above; models: every layout of the model table")
     parser.add_argument("--dim", type=_dim, metavar="K[/V]", help="key and value width (default: 128)")

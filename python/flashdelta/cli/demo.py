@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         type=options.integer(1, 1 << 20),
         default=4096,
         metavar="N",
-        help="prefilled tokens that the oracle follows, about 0.8 ms each on two cores (default: 4096)",
+        help="prefilled tokens that the oracle follows, a second or less per thousand on two cores (default: 4096)",
     )
     parser.add_argument("--no-scan", action="store_true", help="leave out the plot of time against length")
     options.add_dtype(parser)
