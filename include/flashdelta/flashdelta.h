@@ -6,6 +6,9 @@
  *
  * Shapes: B batch rows, T tokens, H query/key heads, HV value heads (HV % H == 0; value head h reads key head h / (HV / H)),
  * K key width, V value width, N sequences (B, or len(cu_seqlens) - 1). Formulas: docs/numerics.md.
+ *
+ * Memory: inputs take any strides but q, k, v, whose last axis is contiguous. Outputs take any that keep their elements apart (none
+ * negative) and share no memory with another argument, except final_state with initial_state. An axis has at most 2^31 - 1 places.
  */
 #ifndef FLASHDELTA_FLASHDELTA_H_
 #define FLASHDELTA_FLASHDELTA_H_
@@ -44,7 +47,8 @@ typedef enum flashdelta_backend {
   FLASHDELTA_BACKEND_AUTO = 0, /* by the tensors' device */
   FLASHDELTA_BACKEND_CPU = 1,
   FLASHDELTA_BACKEND_CUDA = 2,
-  FLASHDELTA_BACKEND_REFERENCE = 3 /* float64, token by token, CPU tensors (float64 ones too): the oracle. Slow */
+  FLASHDELTA_BACKEND_REFERENCE = 3 /* float64, token by token, CPU tensors: the oracle. Slow. Takes float64 tensors too, any K and V,
+                                      and writes o and gradients of any float dtype */
 } flashdelta_backend;
 
 typedef enum flashdelta_context_parallel {
