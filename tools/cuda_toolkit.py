@@ -20,7 +20,14 @@ def prepare(site_packages: Path) -> Path:
         raise FileNotFoundError(f"{site_packages}/nvidia/cu*/bin/nvcc")
     nvcc = toolkits[-1]
     root = nvcc.parent.parent
-    for needed in ("bin/ptxas", "nvvm/bin/cicc", "include/cuda_runtime.h", "include/crt/host_config.h", "include/cccl/nv/target", "lib/libcudart_static.a"):
+    for needed in (
+        "bin/ptxas",
+        "nvvm/bin/cicc",
+        "include/cuda_runtime.h",
+        "include/crt/host_config.h",
+        "include/cccl/nv/target",
+        "lib/libcudart_static.a",
+    ):
         if not (root / needed).exists():
             raise FileNotFoundError(root / needed)
     if not (root / "lib64").exists():

@@ -15,8 +15,8 @@ struct Device {
   std::size_t memory = 0;  // bytes
 };
 
-bool built();                    // nvcc was there at build time
-std::vector<Device> devices();   // empty where no driver or device is usable; never throws
-std::string problem();           // why devices() is empty, "" otherwise
+bool built();                   // nvcc was there at build time
+std::vector<Device> devices();  // empty where no driver or device is usable; never throws
+std::string problem();          // why devices() is empty, "" otherwise
 
 }  // namespace flashdelta::cuda

@@ -17,8 +17,7 @@ struct Found {
 
 std::string text_of(cudaError_t error) {
   switch (error) {
-    case cudaErrorNoDevice:
-      return "no NVIDIA GPU is visible to this process";
+    case cudaErrorNoDevice: return "no NVIDIA GPU is visible to this process";
     case cudaErrorInsufficientDriver: {
       int version = 0;
       // A driver version of 0 is how the runtime reports that libcuda.so.1 could not be loaded.
@@ -26,8 +25,7 @@ std::string text_of(cudaError_t error) {
       return "the NVIDIA driver is too old: it serves CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
              ", this build needs " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
     }
-    default:
-      return std::string("CUDA error ") + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
+    default: return std::string("CUDA error ") + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
   }
 }
 
@@ -61,7 +59,8 @@ void query(Found& found) {
                 std::to_string(properties.minor) + "): this build holds no code for it";
       continue;
     }
-    found.devices.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem});
+    found.devices.push_back(
+        {properties.name, properties.major, properties.minor, properties.multiProcessorCount, properties.totalGlobalMem});
   }
   if (has_current) static_cast<void>(cudaSetDevice(current));
   if (found.devices.empty()) found.problem = refused.empty() ? "no NVIDIA GPU is visible to this process" : refused;

@@ -11,7 +11,8 @@ namespace flashdelta {
 namespace {
 
 // The 128-byte swizzle of a 64 x 64 tile of 16-bit elements, the one that wgmma reads.
-using Tile = decltype(cute::composition(cute::Swizzle<3, 3, 3>{}, cute::Layout<cute::Shape<cute::_64, cute::_64>, cute::Stride<cute::_64, cute::_1>>{}));
+using Tile = decltype(cute::composition(cute::Swizzle<3, 3, 3>{},
+                                        cute::Layout<cute::Shape<cute::_64, cute::_64>, cute::Stride<cute::_64, cute::_1>>{}));
 
 __global__ void offsets_of_tile(int* offsets) { offsets[blockIdx.x * 64 + threadIdx.x] = Tile{}(blockIdx.x, threadIdx.x); }
 
