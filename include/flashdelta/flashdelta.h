@@ -59,7 +59,7 @@ typedef enum flashdelta_context_parallel {
 
 typedef enum flashdelta_instruction_set {
   FLASHDELTA_INSTRUCTION_SET_BEST = 0,
-  FLASHDELTA_INSTRUCTION_SET_BASELINE = 1, /* SSE2 on x86-64, NEON on aarch64 */
+  FLASHDELTA_INSTRUCTION_SET_BASELINE = 1, /* SSSE3 on x86-64, NEON on aarch64 */
   FLASHDELTA_INSTRUCTION_SET_AVX2 = 2,
   FLASHDELTA_INSTRUCTION_SET_AVX512 = 3
 } flashdelta_instruction_set;

@@ -1,13 +1,48 @@
 #include "cpu/cpu.hpp"
-#include "op/error.hpp"
+
+#include <fstream>
+#include <vector>
+
+#include "cpu/kernels.hpp"
+#include "cpu/threads.hpp"
+
 namespace flashdelta::cpu {
-std::size_t chunk_forward_workspace(const op::Problem&) { return 0; }
-std::size_t chunk_backward_workspace(const op::Problem&) { return 0; }
-std::size_t recurrent_forward_workspace(const op::Problem&) { return 0; }
-void chunk_forward(const op::Problem&) { throw op::Error(FLASHDELTA_UNAVAILABLE, "cpu: not built yet"); }
-void chunk_backward(const op::Problem&) { throw op::Error(FLASHDELTA_UNAVAILABLE, "cpu: not built yet"); }
-void recurrent_forward(const op::Problem&) { throw op::Error(FLASHDELTA_UNAVAILABLE, "cpu: not built yet"); }
-std::vector<std::string> instruction_sets() { return {}; }
-std::string processor() { return {}; }
-bool usable(flashdelta_instruction_set set) { return set == FLASHDELTA_INSTRUCTION_SET_BEST; }
+
+bool usable(flashdelta_instruction_set set) { return find_kernels(set) != nullptr; }
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  if (usable(FLASHDELTA_INSTRUCTION_SET_AVX512)) names.emplace_back("AVX512");
+  if (usable(FLASHDELTA_INSTRUCTION_SET_AVX2)) names.emplace_back("AVX2");
+#if defined(__aarch64__)
+  names.emplace_back("NEON");
+#else
+  names.emplace_back("SSSE3");
+#endif
+  return names;
+}
+
+std::string processor() {
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  for (std::string line; std::getline(cpuinfo, line);) {
+    const std::size_t colon = line.find(": ");
+    if (line.starts_with("model name") && colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return "unknown";
+}
+
+double peak_gflops(flashdelta_instruction_set set, int threads) {
+  const Kernels* kernels = find_kernels(set);
+  if (kernels == nullptr) return 0;
+  constexpr double kSeconds = 0.2;
+  op::Problem p;
+  p.num_threads = threads;
+  const int count = allowed_threads(p);
+  std::vector<double> macs(static_cast<std::size_t>(count));
+  parallel_for(count, count, [&](std::int64_t i, int) { macs[static_cast<std::size_t>(i)] = kernels->peak_macs(kSeconds); });
+  double sum = 0;
+  for (const double x : macs) sum += x;
+  return 2 * sum * 1e-9;
+}
+
 }  // namespace flashdelta::cpu

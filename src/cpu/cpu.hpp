@@ -17,11 +17,14 @@ void chunk_forward(const op::Problem& problem);
 void chunk_backward(const op::Problem& problem);
 void recurrent_forward(const op::Problem& problem);
 
-// Instruction sets of this build that this processor runs, best first ("AVX512", "AVX2", "SSE2", "NEON"), and the processor's name.
+// Instruction sets of this build that this processor runs, best first ("AVX512", "AVX2", "SSSE3", "NEON"), and the processor's name.
 std::vector<std::string> instruction_sets();
 std::string processor();
 
 // Whether `set` is built and usable here; BEST always is.
 bool usable(flashdelta_instruction_set set);
+
+// Measured peak of `threads` threads (0: all) on fused multiply-adds, in GFLOP/s: what benchmarks compare with. 0 if not usable.
+double peak_gflops(flashdelta_instruction_set set, int threads);
 
 }  // namespace flashdelta::cpu

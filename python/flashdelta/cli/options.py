@@ -12,7 +12,7 @@ from flashdelta.cli.errors import UsageError
 
 INSTRUCTION_SETS = ("best", "baseline", "avx2", "avx512")
 # What the library calls the sets in `info`.
-_SETS_BY_NAME = {"AVX512": "avx512", "AVX2": "avx2", "SSE2": "baseline", "NEON": "baseline"}
+_SETS_BY_NAME = {"AVX512": "avx512", "AVX2": "avx2", "SSSE3": "baseline", "NEON": "baseline"}
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:

@@ -1,0 +1,154 @@
+// Schedules the backward pass: one item per (sequence, key head), which sums dq and dk over its value heads, or per segment of it.
+#include <cstring>
+
+#include "cpu/cpu.hpp"
+#include "cpu/scratch.hpp"
+#include "cpu/segments.hpp"
+#include "cpu/threads.hpp"
+#include "op/element.hpp"
+
+namespace flashdelta::cpu {
+namespace {
+
+double macs(const op::Problem& p) {
+  const auto tokens = static_cast<double>(p.B * p.T), k = static_cast<double>(p.K), v = static_cast<double>(p.V);
+  return tokens * static_cast<double>(p.HV) * (7 * k * v + kChunk * 2.5 * (k + v));
+}
+
+struct Layout {
+  int threads;
+  std::vector<Cut> cuts;
+  std::int64_t ratio, scratch, state, transition, boundaries, segments;
+  std::int64_t states_at, transitions_at, sums_at, flags_at;
+  std::size_t bytes;
+
+  explicit Layout(const op::Problem& p) : threads(useful_threads(p, macs(p))), cuts(cut_sequences(p, threads)), ratio(p.HV / p.H) {
+    state = state_floats(p.K, p.V);
+    transition = state_floats(p.K, p.K);
+    scratch = backward_scratch(p) + ratio * state;
+    boundaries = boundary_count(p, cuts);
+    segments = boundaries + p.N * p.HV;
+    states_at = threads * scratch * 4;
+    transitions_at = states_at + boundaries * state * 4;
+    sums_at = transitions_at + boundaries * transition * 4;
+    flags_at = sums_at + (p.gate_in_kernel ? segments * 2 * 8 : 0);
+    bytes = static_cast<std::size_t>(flags_at + boundaries);
+  }
+};
+
+class Run {
+ public:
+  explicit Run(const op::Problem& p)
+      : p_(p), kernels_(*find_kernels(p.instruction_set)), at_(p), base_(static_cast<std::byte*>(p.workspace)) {}
+
+  void run() {
+    if (at_.boundaries > 0) {
+      find_boundary_gradients();
+      scan();
+    }
+    const auto items = items_of(at_.cuts, p_.H, [](const Cut&, std::int64_t) { return true; });
+    parallel_for(static_cast<std::int64_t>(items.size()), at_.threads,
+                 [&](std::int64_t i, int thread) { full(items[static_cast<std::size_t>(i)], scratch(thread)); });
+    if (p_.gate_in_kernel) store_gate_sums();
+    for (const op::Tensor* x : {&p_.dq, &p_.dk, &p_.dv, &p_.dg, &p_.dbeta}) clear_outside(p_, *x);
+  }
+
+ private:
+  // The state's gradient after segment j < count - 1; segment j's transition for j >= 1, and whether that is needed.
+  std::int64_t boundary(const Cut& cut, std::int64_t h, std::int64_t j) const { return cut.first_boundary + h * (cut.count - 1) + j; }
+  float* after(const Cut& cut, std::int64_t h, std::int64_t j) const { return floats(at_.states_at) + boundary(cut, h, j) * at_.state; }
+  float* transition(const Cut& cut, std::int64_t h, std::int64_t j) const {
+    return floats(at_.transitions_at) + boundary(cut, h, j - 1) * at_.transition;
+  }
+  std::byte& exact(const Cut& cut, std::int64_t h, std::int64_t j) const { return base_[at_.flags_at + boundary(cut, h, j - 1)]; }
+  // Parts of dA_log and d_dt_bias of value head h and segment j: segments of sequence n stand after those of the sequences before it.
+  double* sums(const Cut& cut, std::int64_t h, std::int64_t j) const {
+    return reinterpret_cast<double*>(base_ + at_.sums_at) + 2 * (cut.first_boundary + cut.n * p_.HV + h * cut.count + j);
+  }
+  float* floats(std::int64_t byte) const { return reinterpret_cast<float*>(base_ + byte); }
+  float* scratch(int thread) const { return floats(0) + thread * at_.scratch; }
+
+  void find_boundary_gradients() {
+    const auto items = items_of(at_.cuts, p_.HV, [](const Cut&, std::int64_t j) { return j > 0; });
+    parallel_for(2 * static_cast<std::int64_t>(items.size()), at_.threads, [&](std::int64_t i, int thread) {
+      const Item& x = items[static_cast<std::size_t>(i / 2)];
+      const bool want_transition = i % 2 == 1, last = x.j + 1 == x.cut->count;
+      Span span = segment(p_, *x.cut, x.j);
+      const std::int64_t warm_up = last ? 0 : warm_up_chunks(p_, span, x.head, true);
+      if (want_transition) {
+        if (last || warm_up > 0) return;
+        float* m = transition(*x.cut, x.head, x.j);
+        std::memset(m, 0, static_cast<std::size_t>(at_.transition) * sizeof(float));
+        for (std::int64_t k = 0; k < p_.K; ++k) m[k * leading(p_.K) + k] = 1;
+        return kernels_.backward_state(p_, span, x.head, Pass::transition, m, scratch(thread));
+      }
+      exact(*x.cut, x.head, x.j) = std::byte{!last && warm_up == 0};
+      if (warm_up > 0) span.last = span.first + warm_up;
+      float* s = after(*x.cut, x.head, x.j - 1);
+      kernels_.load_state(last ? p_.d_final_state : op::Tensor{}, x.cut->n, x.head, p_.K, p_.V, s);
+      kernels_.backward_state(p_, span, x.head, Pass::state, s, scratch(thread));
+    });
+  }
+
+  void scan() {
+    const auto heads = items_of(at_.cuts, p_.HV, [](const Cut&, std::int64_t j) { return j == 0; });
+    parallel_for(static_cast<std::int64_t>(heads.size()), at_.threads, [&](std::int64_t i, int) {
+      const Item& x = heads[static_cast<std::size_t>(i)];
+      for (std::int64_t j = x.cut->count - 2; j > 0; --j) {
+        if (exact(*x.cut, x.head, j) == std::byte{0}) continue;
+        kernels_.apply_transition(p_.K, p_.V, transition(*x.cut, x.head, j), after(*x.cut, x.head, j), after(*x.cut, x.head, j - 1));
+      }
+    });
+  }
+
+  void full(const Item& x, float* scratch) const {
+    const Cut& cut = *x.cut;
+    float* d_states = scratch + at_.scratch - at_.ratio * at_.state;
+    const bool last = x.j + 1 == cut.count;
+    std::vector<double> gate_sums(static_cast<std::size_t>(2 * at_.ratio));
+    for (std::int64_t r = 0; r < at_.ratio; ++r) {
+      const std::int64_t h = x.head * at_.ratio + r;
+      float* s = d_states + r * at_.state;
+      if (last) {
+        kernels_.load_state(p_.d_final_state, cut.n, h, p_.K, p_.V, s);
+      } else {
+        std::memcpy(s, after(cut, h, x.j), static_cast<std::size_t>(at_.state) * sizeof(float));
+      }
+    }
+    kernels_.backward(p_, segment(p_, cut, x.j), x.head, d_states, gate_sums.data(), scratch);
+    for (std::int64_t r = 0; r < at_.ratio; ++r) {
+      const std::int64_t h = x.head * at_.ratio + r;
+      if (p_.d_initial_state && x.j == 0) kernels_.store_state(p_.d_initial_state, cut.n, h, p_.K, p_.V, d_states + r * at_.state);
+      if (p_.gate_in_kernel) std::memcpy(sums(cut, h, x.j), &gate_sums[static_cast<std::size_t>(2 * r)], 2 * sizeof(double));
+    }
+  }
+
+  // Over sequences and segments in their order, whichever threads made the parts.
+  void store_gate_sums() const {
+    std::vector<const Cut*> by_sequence(at_.cuts.size());
+    for (const Cut& cut : at_.cuts) by_sequence[static_cast<std::size_t>(cut.n)] = &cut;
+    for (std::int64_t h = 0; h < p_.HV; ++h) {
+      double sum[2] = {};
+      for (const Cut* cut : by_sequence) {
+        for (std::int64_t j = 0; j < cut->count; ++j) {
+          for (int i = 0; i < 2; ++i) sum[i] += sums(*cut, h, j)[i];
+        }
+      }
+      if (p_.dA_log) op::store_element(p_.dA_log.dtype, p_.dA_log.at(h), sum[0]);
+      if (p_.d_dt_bias) op::store_element(p_.d_dt_bias.dtype, p_.d_dt_bias.at(h), sum[1]);
+    }
+  }
+
+  const op::Problem& p_;
+  const Kernels& kernels_;
+  Layout at_;
+  std::byte* base_;
+};
+
+}  // namespace
+
+std::size_t chunk_backward_workspace(const op::Problem& problem) { return Layout(problem).bytes; }
+
+void chunk_backward(const op::Problem& problem) { Run(problem).run(); }
+
+}  // namespace flashdelta::cpu

@@ -1,0 +1,41 @@
+// Constants of the CPU backend, each with its reason.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flashdelta/flashdelta.h"
+
+namespace flashdelta::cpu {
+
+constexpr int kChunk = FLASHDELTA_CHUNK;
+
+// Value columns that the backward holds at a time: halves its value-side tiles at V = 128, which keeps a thread's scratch below 512 KiB.
+constexpr int kValueBlock = 64;
+
+// Padding of tile widths, in floats: the widest SIMD vector (AVX-512), so that no product has a ragged last vector.
+constexpr std::int64_t kPad = 16;
+
+// Log gates below this act as this: exp is 0 in float64 already, and -inf - -inf never arises.
+constexpr double kGateFloor = -1000.0;
+
+// A segment's extra pass (local state and transition) must be worth its work: no segment below this many chunks ...
+constexpr std::int64_t kMinSegmentChunks = 4;
+// ... and none unless the longest sequence is this many times what a thread would get of an even split.
+constexpr double kSegmentThreshold = 2.0;
+constexpr std::int64_t kMaxSegments = 64;
+
+// Starting a thread costs some 20 us, about this many multiply-adds.
+constexpr double kMinMacsPerThread = 1 << 19;
+
+// A row stride, in floats, that is an odd number of cache lines: a column panel of a tile then spreads over all sets of the L1 cache.
+constexpr std::int64_t padded(std::int64_t width) { return (width + kPad - 1) / kPad * kPad; }
+constexpr std::int64_t leading(std::int64_t width) {
+  const std::int64_t p = padded(width);
+  return (p / kPad) % 2 == 0 ? p + kPad : p;
+}
+
+// Row stride of chunk x chunk matrices.
+constexpr std::int64_t kSquare = leading(kChunk);
+
+}  // namespace flashdelta::cpu

@@ -1,0 +1,114 @@
+// Schedules the forward pass: one item per (sequence, value head), or per segment of it.
+#include <cstring>
+
+#include "cpu/cpu.hpp"
+#include "cpu/scratch.hpp"
+#include "cpu/segments.hpp"
+#include "cpu/threads.hpp"
+
+namespace flashdelta::cpu {
+namespace {
+
+// Multiply-adds of the whole call, triangular products halved.
+double macs(const op::Problem& p) {
+  const auto tokens = static_cast<double>(p.B * p.T), k = static_cast<double>(p.K), v = static_cast<double>(p.V);
+  return tokens * static_cast<double>(p.HV) * (3 * k * v + kChunk * (k + v));
+}
+
+struct Layout {
+  int threads;
+  std::vector<Cut> cuts;
+  std::int64_t scratch, state, transition, boundaries;  // floats each, and their number
+  std::int64_t states_at, transitions_at, flags_at;     // in bytes
+  std::size_t bytes;
+
+  explicit Layout(const op::Problem& p) : threads(useful_threads(p, macs(p))), cuts(cut_sequences(p, threads)) {
+    state = state_floats(p.K, p.V);
+    transition = state_floats(p.K, p.K);
+    scratch = forward_scratch(p) + state;
+    boundaries = boundary_count(p, cuts);
+    states_at = threads * scratch * 4;
+    transitions_at = states_at + boundaries * state * 4;
+    flags_at = transitions_at + boundaries * transition * 4;
+    bytes = static_cast<std::size_t>(flags_at + boundaries);
+  }
+};
+
+class Run {
+ public:
+  explicit Run(const op::Problem& p)
+      : p_(p), kernels_(*find_kernels(p.instruction_set)), at_(p), base_(static_cast<std::byte*>(p.workspace)) {}
+
+  void run() {
+    if (at_.boundaries > 0) {
+      find_boundary_states();
+      scan();
+    }
+    const auto items = items_of(at_.cuts, p_.HV, [](const Cut&, std::int64_t) { return true; });
+    parallel_for(static_cast<std::int64_t>(items.size()), at_.threads,
+                 [&](std::int64_t i, int thread) { full(items[static_cast<std::size_t>(i)], scratch(thread)); });
+    for (const op::Tensor* x : {&p_.o, &p_.saved_c, &p_.saved_T}) clear_outside(p_, *x);
+  }
+
+ private:
+  // The state before segment j >= 1, segment j's transition, and whether that is needed.
+  std::int64_t boundary(const Item& x, std::int64_t j) const { return x.cut->first_boundary + x.head * (x.cut->count - 1) + j - 1; }
+  float* state(const Item& x, std::int64_t j) const { return floats(at_.states_at) + boundary(x, j) * at_.state; }
+  float* transition(const Item& x, std::int64_t j) const { return floats(at_.transitions_at) + boundary(x, j) * at_.transition; }
+  std::byte& exact(const Item& x, std::int64_t j) const { return base_[at_.flags_at + boundary(x, j)]; }
+  float* floats(std::int64_t byte) const { return reinterpret_cast<float*>(base_ + byte); }
+  float* scratch(int thread) const { return floats(0) + thread * at_.scratch; }
+
+  // Segment j's own part of the state before segment j + 1, and, where the gates do not cut off what came before it, its transition.
+  void find_boundary_states() {
+    const auto items = items_of(at_.cuts, p_.HV, [](const Cut& cut, std::int64_t j) { return j + 1 < cut.count; });
+    parallel_for(2 * static_cast<std::int64_t>(items.size()), at_.threads, [&](std::int64_t i, int thread) {
+      const Item& x = items[static_cast<std::size_t>(i / 2)];
+      const bool want_transition = i % 2 == 1;
+      Span span = segment(p_, *x.cut, x.j);
+      const std::int64_t warm_up = x.j == 0 ? 0 : warm_up_chunks(p_, span, x.head, false);
+      if (want_transition) {
+        if (x.j == 0 || warm_up > 0) return;
+        float* m = transition(x, x.j);
+        std::memset(m, 0, static_cast<std::size_t>(at_.transition) * sizeof(float));
+        for (std::int64_t k = 0; k < p_.K; ++k) m[k * leading(p_.K) + k] = 1;
+        return kernels_.forward(p_, span, x.head, Pass::transition, m, scratch(thread));
+      }
+      if (x.j > 0) exact(x, x.j) = std::byte{warm_up == 0};
+      if (warm_up > 0) span.first = span.last - warm_up;
+      float* s = state(x, x.j + 1);
+      kernels_.load_state(x.j == 0 ? p_.initial_state : op::Tensor{}, x.cut->n, x.head, p_.K, p_.V, s);
+      kernels_.forward(p_, span, x.head, Pass::state, s, scratch(thread));
+    });
+  }
+
+  void scan() {
+    const auto heads = items_of(at_.cuts, p_.HV, [](const Cut&, std::int64_t j) { return j == 0; });
+    parallel_for(static_cast<std::int64_t>(heads.size()), at_.threads, [&](std::int64_t i, int) {
+      const Item& x = heads[static_cast<std::size_t>(i)];
+      for (std::int64_t j = 1; j + 1 < x.cut->count; ++j) {
+        if (exact(x, j) != std::byte{0}) kernels_.apply_transition(p_.K, p_.V, transition(x, j), state(x, j), state(x, j + 1));
+      }
+    });
+  }
+
+  void full(const Item& x, float* scratch) const {
+    float* s = x.j > 0 ? state(x, x.j) : scratch + at_.scratch - at_.state;
+    if (x.j == 0) kernels_.load_state(p_.initial_state, x.cut->n, x.head, p_.K, p_.V, s);
+    kernels_.forward(p_, segment(p_, *x.cut, x.j), x.head, Pass::full, s, scratch);
+    if (p_.final_state && x.j + 1 == x.cut->count) kernels_.store_state(p_.final_state, x.cut->n, x.head, p_.K, p_.V, s);
+  }
+
+  const op::Problem& p_;
+  const Kernels& kernels_;
+  Layout at_;
+  std::byte* base_;
+};
+
+}  // namespace
+
+std::size_t chunk_forward_workspace(const op::Problem& problem) { return Layout(problem).bytes; }
+
+void chunk_forward(const op::Problem& problem) { Run(problem).run(); }
+
+}  // namespace flashdelta::cpu

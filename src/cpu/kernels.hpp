@@ -1,0 +1,58 @@
+// What the schedulers (forward.cpp, backward.cpp, recurrent.cpp) ask of one instruction set's build of the kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/config.hpp"
+#include "op/problem.hpp"
+
+namespace flashdelta::cpu {
+
+// Chunks [first, last) of sequence n.
+struct Span {
+  std::int64_t n = 0, first = 0, last = 0;
+};
+
+// What a pass over a segment makes.
+enum class Pass : std::uint8_t {
+  full,        // outputs, or gradients
+  state,       // only the state's (or its gradient's) way through the segment
+  transition,  // the same with v (or d_o) = 0: what the segment makes of a state, columns independent, so `state` may be [K, K]
+};
+
+struct Kernels {
+  // Runs the chunks of `span` for value head h. `state` [K, leading(width)] is the state before them and becomes that after them;
+  // width is V, or K for Pass::transition. scratch: forward_scratch() floats, 64-byte aligned.
+  void (*forward)(const op::Problem&, const Span&, std::int64_t h, Pass, float* state, float* scratch);
+
+  // The reverse chain for one value head: `d_state` is the gradient after the span and becomes that before it.
+  void (*backward_state)(const op::Problem&, const Span&, std::int64_t h, Pass, float* d_state, float* scratch);
+
+  // Gradients of key head hk and its value heads over `span`. d_states holds HV / H of the above, state_floats() apart. gate_sums
+  // [HV / H][2] gathers the parts of dA_log and d_dt_bias.
+  void (*backward)(const op::Problem&, const Span&, std::int64_t hk, float* d_states, double* gate_sums, float* scratch);
+
+  // All tokens of sequence n, value head h, token by token.
+  void (*recurrent)(const op::Problem&, std::int64_t n, std::int64_t h, float* scratch);
+
+  // state [K, leading(V)] from / to a states tensor's (n, h); an absent source means zero.
+  void (*load_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, float* state);
+  void (*store_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, const float* state);
+
+  // b += m * s for m [K, K] and s, b [K, V], with their leading() strides: one step of the scan over segments.
+  void (*apply_transition)(std::int64_t K, std::int64_t V, const float* m, const float* s, float* b);
+
+  // Multiply-adds per second in registers, for `seconds`: the peak that benchmarks compare with.
+  double (*peak_macs)(double seconds);
+};
+
+// The build for `set`, null where it is not built or this processor lacks it.
+const Kernels* find_kernels(flashdelta_instruction_set set);
+
+// Floats of scratch, by the problem's shapes.
+std::int64_t forward_scratch(const op::Problem& p);
+std::int64_t backward_scratch(const op::Problem& p);
+std::int64_t recurrent_scratch(const op::Problem& p);
+constexpr std::int64_t state_floats(std::int64_t K, std::int64_t width) { return K * leading(width); }
+
+}  // namespace flashdelta::cpu

@@ -1,0 +1,191 @@
+// What forward and backward share of a chunk: its tokens, q and k, gates, L, T. Names are algebra's (docs/numerics.md).
+#if defined(FLASHDELTA_CPU_SIMD_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASHDELTA_CPU_SIMD_CHUNK_INL_H_
+#undef FLASHDELTA_CPU_SIMD_CHUNK_INL_H_
+#else
+#define FLASHDELTA_CPU_SIMD_CHUNK_INL_H_
+#endif
+
+#include <hwy/contrib/math/math-inl.h>
+
+#include <cmath>
+
+#include "cpu/kernels.hpp"
+#include "cpu/simd/tile-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flashdelta::cpu {
+namespace HWY_NAMESPACE {
+
+constexpr Index kC = kChunk;
+constexpr Index kLdC = kSquare;  // row stride of C x C matrices
+
+// A chunk's place: `rows` tokens from `t` of batch row `b`; tiles are `m` rows high (a multiple of 8, zero beyond `rows`).
+struct Place {
+  Index b, t, rows, m;
+};
+
+HWY_INLINE Place PlaceOf(const op::Problem& p, Index n, Index chunk) {
+  const op::Sequence s = op::sequence(p, n);
+  const Index t = s.begin + chunk * kC;
+  const Index rows = std::min<Index>(kC, s.end - t);
+  return {s.row, t, rows, (rows + 7) / 8 * 8};
+}
+
+// Per-token scalars of one value head's chunk. Beyond `rows` a token acts as k = 0, beta = 0, g = 0.
+struct Gates {
+  HWY_ALIGN_MAX float c_high[kC], c_low[kC];  // inclusive sum of the log gates, as two floats: c[i] - c[j] then keeps float accuracy
+                                              // beside gates of -1000, where the sums are large
+  HWY_ALIGN_MAX float gam[kC];                // exp(c)
+  HWY_ALIGN_MAX float tail[kC];               // exp(c[-1] - c)
+  HWY_ALIGN_MAX float beta[kC];
+  HWY_ALIGN_MAX float temp[kC];
+  double c[kC];
+  double g[kC];      // activated, floored
+  double slope[kC];  // d(log gate) / d(raw gate), 1 without the in-kernel gate
+  float gl;          // exp(c[-1])
+};
+
+HWY_INLINE double ReadScalar(const op::Tensor& x, Index i, Index j = 0, Index k = 0) { return op::load_element(x.dtype, x.at(i, j, k)); }
+
+HWY_INLINE double Sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
+
+HWY_INLINE double Softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+// Log gate of a token before the floor; *slope (may be null) gets its derivative by the raw gate.
+HWY_INLINE double LogGate(const op::Problem& p, Index b, Index t, Index h, double* slope) {
+  if (slope != nullptr) *slope = 1;
+  if (!p.g) return 0;
+  const double raw = ReadScalar(p.g, b, t, h);
+  if (!p.gate_in_kernel) return raw;
+  const double rate = -std::exp(ReadScalar(p.A_log, h));
+  const double x = raw + (p.dt_bias ? ReadScalar(p.dt_bias, h) : 0.0);
+  if (slope != nullptr) *slope = rate * Sigmoid(x);
+  return rate * Softplus(x);
+}
+
+HWY_INLINE double Beta(const op::Problem& p, Index b, Index t, Index h) {
+  if (!p.beta) return 1;
+  const double x = ReadScalar(p.beta, b, t, h);
+  return p.beta_sigmoid ? (p.neg_eigval ? 2 : 1) * Sigmoid(x) : x;
+}
+
+HWY_NOINLINE void LoadGates(const op::Problem& p, const Place& at, Index h, Gates& s) {
+  double c = 0;
+  for (Index i = 0; i < at.rows; ++i) {
+    double g = LogGate(p, at.b, at.t + i, h, &s.slope[i]);
+    if (g < kGateFloor) g = kGateFloor;  // keeps a NaN
+    c += g;
+    s.g[i] = g;
+    s.c[i] = c;
+    s.beta[i] = static_cast<float>(Beta(p, at.b, at.t + i, h));
+  }
+  for (Index i = at.rows; i < kC; ++i) {
+    s.c[i] = c;
+    s.beta[i] = 0;
+  }
+  for (Index i = 0; i < kC; ++i) {
+    s.c_high[i] = static_cast<float>(s.c[i]);
+    s.c_low[i] = static_cast<float>(s.c[i] - static_cast<double>(s.c_high[i]));
+    s.gam[i] = static_cast<float>(std::exp(s.c[i]));
+    s.tail[i] = i < at.rows ? static_cast<float>(std::exp(c - s.c[i])) : 0.0F;
+  }
+  s.gl = static_cast<float>(std::exp(c));
+}
+
+// q or k of a chunk, l2-normalised where asked, times `factor`; norms[i] (may be null) gets the rows' 1 / |x|.
+HWY_INLINE void LoadNormed(const op::Problem& p, const op::Tensor& x, const Place& at, Index h, float factor, float* tile, float* norms) {
+  const Index ld = leading(p.K);
+  LoadTile(x, at.b, at.t, at.rows, at.m, h, 0, p.K, tile, ld);
+  for (Index i = 0; i < at.rows; ++i) {
+    float* row = tile + i * ld;
+    const float r = p.qk_l2norm ? 1 / std::sqrt(Dot(row, row, padded(p.K)) + 1e-6F) : 1.0F;
+    if (norms != nullptr) norms[i] = r;
+    if (r * factor != 1) ScaleRow(row, r * factor, padded(p.K));
+  }
+}
+
+// Per lane: exp(c[i] - c[j]) for j in [j0, j0 + kLanes), 0 where j > i (there it would overflow).
+HWY_INLINE VF DecayLanes(const Gates& s, Index i, Index j0) {
+  const DF d;
+  const auto high = hn::Sub(hn::Set(d, s.c_high[i]), hn::LoadU(d, s.c_high + j0));
+  const auto low = hn::Sub(hn::Set(d, s.c_low[i]), hn::LoadU(d, s.c_low + j0));
+  const VF g = hn::Exp(d, hn::Add(high, low));
+  const auto lane = hn::Iota(d, static_cast<float>(j0));
+  return hn::IfThenElseZero(hn::Le(lane, hn::Set(d, static_cast<float>(i))), g);
+}
+
+// G[i][j] = exp(c[i] - c[j]) below and on the diagonal, 0 above, all of [m, 64].
+HWY_NOINLINE void Decays(const Gates& s, Index m, float* G) {
+  const DF d;
+  for (Index i = 0; i < m; ++i) {
+    Index j = 0;
+    for (; j <= i; j += kLanes) hn::StoreU(DecayLanes(s, i, j), d, G + i * kLdC + j);
+    if (j < kC) Fill(G + i * kLdC + j, kC - j);
+  }
+}
+
+// out = a * G on and below the diagonal, exact zeros above it. `out` may be `a`.
+HWY_NOINLINE void MaskedByDecay(const float* a, const float* G, Index m, float* out) {
+  const DF d;
+  for (Index i = 0; i < m; ++i) {
+    const VF row = hn::Set(d, static_cast<float>(i));
+    Index j = 0;
+    for (; j <= i; j += kLanes) {
+      const VF x = hn::Mul(hn::LoadU(d, a + i * kLdC + j), hn::LoadU(d, G + i * kLdC + j));
+      hn::StoreU(hn::IfThenElseZero(hn::Le(hn::Iota(d, static_cast<float>(j)), row), x), d, out + i * kLdC + j);
+    }
+    if (j < kC) Fill(out + i * kLdC + j, kC - j);
+  }
+}
+
+// L = strict_lower(beta * kk * G).
+HWY_NOINLINE void MakeL(const float* kk, const float* G, const Gates& s, Index m, float* L) {
+  MaskedByDecay(kk, G, m, L);
+  for (Index i = 0; i < m; ++i) {
+    ScaleRow(L + i * kLdC, s.beta[i], padded(i + 1));
+    L[i * kLdC + i] = 0;
+  }
+}
+
+// T = (I + L)^-1, exact zeros above the diagonal: forward substitution inside blocks of 16 rows, products between them.
+HWY_NOINLINE void Inverse(const float* L, Index m, float* T) {
+  const DF d;
+  constexpr Index kBlock = 16;
+  for (Index i0 = 0; i0 < m; i0 += kBlock) {
+    const Index rows = std::min(kBlock, m - i0);
+    for (Index i = i0; i < i0 + rows; ++i) Fill(T + i * kLdC, kC);
+    if (i0 > 0) Gemm(rows, i0, i0, {L + i0 * kLdC, kLdC, 1}, {T, kLdC}, {.data = T + i0 * kLdC, .ld = kLdC, .alpha = -1});
+    for (Index i = i0; i < i0 + rows; ++i) {
+      T[i * kLdC + i] = 1;
+      for (Index j = i0; j < i; ++j) {
+        const VF l = hn::Set(d, L[i * kLdC + j]);
+        for (Index x = 0; x <= j; x += kLanes) {
+          float* t = T + i * kLdC + x;
+          hn::StoreU(hn::NegMulAdd(l, hn::LoadU(d, T + j * kLdC + x), hn::LoadU(d, t)), d, t);
+        }
+      }
+    }
+  }
+}
+
+// T's columns times beta: U = T X = (T beta) R.
+HWY_NOINLINE void ScaleColumns(float* T, const float* beta, Index m) {
+  const DF d;
+  for (Index i = 0; i < m; ++i) {
+    for (Index j = 0; j <= i; j += kLanes) {
+      hn::StoreU(hn::Mul(hn::LoadU(d, T + i * kLdC + j), hn::LoadU(d, beta + j)), d, T + i * kLdC + j);
+    }
+  }
+}
+
+// out = a k^T on and below the diagonal, for a = k or q: [m, m]. kT [padded(K), kLdC].
+HWY_INLINE void TimesKeys(const op::Problem& p, const float* a, const float* kT, Index m, float* out) {
+  Gemm(m, m, p.K, {a, leading(p.K), 1}, {kT, kLdC}, {.data = out, .ld = kLdC}, Shape::out_lower);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace flashdelta::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,100 @@
+// The rule token by token: one row of the state per value column, each row one pass of dot, update, dot. Included once per
+// instruction set.
+#if defined(FLASHDELTA_CPU_SIMD_RECURRENT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FLASHDELTA_CPU_SIMD_RECURRENT_INL_H_
+#undef FLASHDELTA_CPU_SIMD_RECURRENT_INL_H_
+#else
+#define FLASHDELTA_CPU_SIMD_RECURRENT_INL_H_
+#endif
+
+#include "cpu/scratch.hpp"
+#include "cpu/simd/chunk-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flashdelta::cpu {
+namespace HWY_NAMESPACE {
+
+// s <- g s + u k, returns q . s (new).
+HWY_INLINE float UpdateAndRead(float* HWY_RESTRICT s, const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, float g, float u, Index n) {
+  const DF d;
+  const VF gv = hn::Set(d, g), uv = hn::Set(d, u);
+  VF o0 = hn::Zero(d), o1 = hn::Zero(d);
+  Index j = 0;
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+    const VF s0 = hn::MulAdd(uv, hn::LoadU(d, k + j), hn::Mul(gv, hn::LoadU(d, s + j)));
+    const VF s1 = hn::MulAdd(uv, hn::LoadU(d, k + j + kLanes), hn::Mul(gv, hn::LoadU(d, s + j + kLanes)));
+    hn::StoreU(s0, d, s + j);
+    hn::StoreU(s1, d, s + j + kLanes);
+    o0 = hn::MulAdd(s0, hn::LoadU(d, q + j), o0);
+    o1 = hn::MulAdd(s1, hn::LoadU(d, q + j + kLanes), o1);
+  }
+  for (; j < n; j += kLanes) {
+    const VF s0 = hn::MulAdd(uv, hn::LoadU(d, k + j), hn::Mul(gv, hn::LoadU(d, s + j)));
+    hn::StoreU(s0, d, s + j);
+    o0 = hn::MulAdd(s0, hn::LoadU(d, q + j), o0);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(o0, o1)));
+}
+
+HWY_NOINLINE void LoadVector(const op::Problem& p, const op::Tensor& x, Index b, Index t, Index h, float factor, float* row) {
+  LoadRow(x.dtype, x.at(b, t, h), x.stride[3], p.K, row);
+  Fill(row + p.K, padded(p.K) - p.K);
+  const float r = p.qk_l2norm ? 1 / std::sqrt(Dot(row, row, padded(p.K)) + 1e-6F) : 1.0F;
+  if (r * factor != 1) ScaleRow(row, r * factor, padded(p.K));
+}
+
+// Rows are value columns: a state with K contiguous is read as it is, one with V contiguous goes through a tile.
+HWY_NOINLINE void LoadRows(const op::Problem& p, Index n, Index h, const RecurrentScratch& s) {
+  const Index ld = padded(p.K);
+  const op::Tensor& x = p.initial_state;
+  if (x && x.stride[2] == 1) {
+    for (Index j = 0; j < p.V; ++j) {
+      LoadRow(x.dtype, x.at(n, h, 0, j), 1, p.K, s.S + j * ld);
+      Fill(s.S + j * ld + p.K, ld - p.K);
+    }
+    return;
+  }
+  Fill(s.S, padded(p.V) * ld);
+  if (!x) return;
+  LoadState(x, n, h, p.K, p.V, s.tile);
+  for (Index i = p.K; i < ld; ++i) Fill(s.tile + i * leading(p.V), leading(p.V));
+  Transpose(ld, padded(p.V), s.tile, leading(p.V), s.S, ld);
+}
+
+HWY_NOINLINE void StoreRows(const op::Problem& p, Index n, Index h, const RecurrentScratch& s) {
+  const Index ld = padded(p.K);
+  const op::Tensor& x = p.final_state;
+  if (x.stride[2] == 1) {
+    for (Index j = 0; j < p.V; ++j) StoreRow(x.dtype, x.at(n, h, 0, j), 1, p.K, s.S + j * ld);
+    return;
+  }
+  Transpose(padded(p.V), ld, s.S, ld, s.tile, leading(p.V));
+  StoreState(x, n, h, p.K, p.V, s.tile);
+}
+
+void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scratch) {
+  const RecurrentScratch s(p, scratch);
+  const op::Sequence seq = op::sequence(p, n);
+  const Index ld = padded(p.K), hk = h / (p.HV / p.H);
+  LoadRows(p, n, h, s);
+  for (Index t = seq.begin; t < seq.end; ++t) {
+    LoadVector(p, p.k, seq.row, t, hk, 1, s.k);
+    LoadVector(p, p.q, seq.row, t, hk, static_cast<float>(p.scale), s.q);
+    LoadRow(p.v.dtype, p.v.at(seq.row, t, h), p.v.stride[3], p.V, s.v);
+    const auto g = static_cast<float>(std::exp(LogGate(p, seq.row, t, h, nullptr)));
+    const auto beta = static_cast<float>(Beta(p, seq.row, t, h));
+    for (Index j = 0; j < p.V; ++j) {
+      float* row = s.S + j * ld;
+      const float u = beta * (s.v[j] - g * Dot(s.k, row, ld));
+      s.o[j] = UpdateAndRead(row, s.k, s.q, g, u, ld);
+    }
+    StoreRow(p.o.dtype, p.o.at(seq.row, t, h), p.o.stride[3], p.V, s.o);
+  }
+  if (p.final_state) StoreRows(p, n, h, s);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace flashdelta::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif
