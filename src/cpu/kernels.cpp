@@ -27,7 +27,7 @@ double PeakMacs(double seconds) {
   volatile float sink = 0;
   double elapsed = 0;
   do {
-    sink = sink + SpinMacs(kRounds);
+    sink = SpinMacs(kRounds, sink);
     rounds += kRounds;
     elapsed = std::chrono::duration<double>(Clock::now() - start).count();
   } while (elapsed < seconds);

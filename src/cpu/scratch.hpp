@@ -25,17 +25,22 @@ class Cutter {
   std::int64_t used_ = 0;
 };
 
-// Forward. R holds v, then R, then o. kT lives only until k k^T and q k^T are made, then U takes its place.
+// Floats that a float64 chunk x chunk matrix takes: `wide`, for the inverse, in a tile that is not in use yet.
+constexpr std::int64_t kWide = 2 * kChunk * kChunk;
+
+// Forward. R holds q, then v, R, and o. kT lives until R is made, then U takes its place.
 struct ForwardScratch {
-  float *k, *q, *R, *U, *kT, *L, *G, *T, *P;
+  double* wide;
+  float *k, *qT, *R, *U, *kT, *L, *G, *T, *P;
   std::int64_t used;
 
   ForwardScratch(const op::Problem& p, float* base) {
     const std::int64_t keys = kChunk * leading(p.K), values = kChunk * leading(std::max(p.K, p.V)), square = kChunk * kSquare;
     Cutter cut(base);
     k = cut.take(keys);
-    q = cut.take(keys);
-    R = cut.take(values);
+    qT = cut.take(padded(p.K) * kSquare);
+    R = cut.take(std::max(values, kWide));
+    wide = reinterpret_cast<double*>(R);
     U = kT = cut.take(std::max(values, padded(p.K) * kSquare));
     L = cut.take(square);
     G = cut.take(square);
@@ -47,6 +52,7 @@ struct ForwardScratch {
 
 // The reverse chain alone.
 struct BackwardStateScratch {
+  double* wide;
   float *k, *q, *d_o, *dU, *dX, *kT, *L, *G, *T, *P;
   std::int64_t used;
 
@@ -55,7 +61,8 @@ struct BackwardStateScratch {
     Cutter cut(base);
     k = cut.take(keys);
     q = cut.take(keys);
-    d_o = cut.take(values);
+    d_o = cut.take(std::max(values, kWide));
+    wide = reinterpret_cast<double*>(d_o);
     dU = kT = cut.take(std::max(values, padded(p.K) * kSquare));
     dX = cut.take(values);
     L = cut.take(square);
@@ -67,9 +74,10 @@ struct BackwardStateScratch {
 };
 
 // Backward, by blocks of kValueBlock value columns. kT lives only until k k^T and q k^T are made, then the value tiles take its place;
-// L's buffer becomes dP, G's becomes dL, and T's the second G.
+// W (K wide) takes R's and U's place when those are done with. L's buffer becomes dP, G's becomes dL, and T's the second G.
 struct BackwardScratch {
-  float *k, *q, *dq, *dk, *R, *U, *d_o, *dX, *UT, *kT, *S, *ST, *kk, *qk, *T, *P, *dP, *dL;
+  double* wide;
+  float *k, *q, *dq, *dk, *R, *U, *d_o, *dX, *UT, *kT, *W, *S, *ST, *kk, *qk, *T, *P, *dP, *dL;
   float* states;  // [checkpoint_chunks][HV / H] recomputed states; null where every state is saved
   std::int64_t used;
 
@@ -80,8 +88,9 @@ struct BackwardScratch {
     q = cut.take(keys);
     dq = cut.take(kChunk * padded(p.K));
     dk = cut.take(kChunk * padded(p.K));
-    R = kT = cut.take(values);
-    U = cut.take(values);
+    R = kT = W = cut.take(values);
+    wide = reinterpret_cast<double*>(R);
+    U = cut.take(std::max(values, keys - values));
     d_o = cut.take(values);
     dX = cut.take(values);
     UT = cut.take(kValueBlock * kSquare);

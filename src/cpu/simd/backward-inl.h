@@ -31,16 +31,16 @@ void BackwardState(const op::Problem& p, const Span& span, std::int64_t h, Pass 
     LoadGates(p, at, h, gates);
     LoadNormed(p, p.k, at, hk, 1, s.k, nullptr);
     Transpose(m, padded(p.K), s.k, ldk, s.kT, kLdC);
-    TimesKeys(p, s.k, s.kT, m, s.L);
+    TimesKeys(p, {s.kT, 1, kLdC}, s.kT, m, s.L);
     Decays(gates, m, s.G);
     if (with_o) {
       LoadNormed(p, p.q, at, hk, static_cast<float>(p.scale), s.q, nullptr);
-      TimesKeys(p, s.q, s.kT, m, s.P);
+      TimesKeys(p, {s.q, ldk, 1}, s.kT, m, s.P);
       MaskedByDecay(s.P, s.G, m, s.P);
-      LoadTile(p.d_o, at.b, at.t, at.rows, m, h, 0, width, s.d_o, ld);
     }
     MakeL(s.L, s.G, gates, m, s.L);
-    Inverse(s.L, m, s.T);
+    Inverse(s.L, m, s.wide, s.T);
+    if (with_o) LoadTile(p.d_o, at.b, at.t, at.rows, m, h, 0, width, s.d_o, ld);
 
     Gemm(m, width, p.K, {s.k, ldk, 1}, {d_state, ld}, {.data = s.dU, .ld = ld, .rows = gates.tail});
     if (with_o) Gemm(m, width, m, {s.P, 1, kLdC}, {s.d_o, ld}, {.data = s.dU, .ld = ld, .c0 = 1}, Shape::left_upper);
@@ -64,12 +64,17 @@ struct GateGradient {
   double crossing[kC] = {};  // sum over j >= i > m of dP P + dL L
 };
 
-// to[i] += row products of a and b since the last call, of which last[i] keeps the running value.
-HWY_INLINE void GatherDots(const float* a, Index lda, const float* b, Index ldb, Index m, Index n, double* last, double* to) {
+// to[i] += x[i] . W[i] and out[i] += W[i]: the dot is taken of this part alone, before it is lost in the sum over parts and value heads.
+HWY_INLINE void AddAndDot(const float* W, const float* x, Index ldx, Index m, Index n, float* out, double* to) {
+  const DF d;
   for (Index i = 0; i < m; ++i) {
-    const double now = Dot(a + i * lda, b + i * ldb, n);
-    if (to != nullptr) to[i] += now - last[i];
-    last[i] = now;
+    VF sum = hn::Zero(d);
+    for (Index j = 0; j < n; j += kLanes) {
+      const VF w = hn::LoadU(d, W + i * n + j);
+      sum = hn::MulAdd(w, hn::LoadU(d, x + i * ldx + j), sum);
+      hn::StoreU(hn::Add(w, hn::LoadU(d, out + i * n + j)), d, out + i * n + j);
+    }
+    to[i] += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, sum)));
   }
 }
 
@@ -112,22 +117,19 @@ HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Place& at, Index h, 
   Gemm(m, m, w, {s.d_o, kLdB, 1}, {s.UT, kLdC}, {.data = s.dP, .ld = kLdC, .c0 = c0}, Shape::out_lower);
   Gemm(m, m, w, {s.dX, kLdB, 1}, {s.UT, kLdC}, {.data = s.dL, .ld = kLdC, .c0 = c0, .alpha = -1}, Shape::out_lower);
 
-  double last_q[kC], last_k[kC];
-  GatherDots(s.q, ldk, s.dq, ldq, m, ldq, last_q, nullptr);
-  GatherDots(s.k, ldk, s.dk, ldq, m, ldq, last_k, nullptr);
   for (Index i = 0; i < m; ++i) {
     ScaleRow(s.d_o + i * kLdB, gates.gam[i], wp);
     ScaleRow(s.dX + i * kLdB, gates.gam[i] * gates.beta[i], wp);
   }
   Transpose(padded(p.K), wp, s.S, kLdB, s.ST, ldk);
-  Gemm(m, p.K, w, {s.d_o, kLdB, 1}, {s.ST, ldk}, {.data = s.dq, .ld = ldq, .c0 = 1});
-  GatherDots(s.q, ldk, s.dq, ldq, m, ldq, last_q, sum.read);
-  Gemm(m, p.K, w, {s.dX, kLdB, 1}, {s.ST, ldk}, {.data = s.dk, .ld = ldq, .c0 = 1, .alpha = -1});
-  GatherDots(s.k, ldk, s.dk, ldq, m, ldq, last_k, sum.read);
+  Gemm(m, ldq, w, {s.d_o, kLdB, 1}, {s.ST, ldk}, {.data = s.W, .ld = ldq});
+  AddAndDot(s.W, s.q, ldk, m, ldq, s.dq, sum.read);
+  Gemm(m, ldq, w, {s.dX, kLdB, 1}, {s.ST, ldk}, {.data = s.W, .ld = ldq, .alpha = -1});
+  AddAndDot(s.W, s.k, ldk, m, ldq, s.dk, sum.read);
   for (Index i = 0; i < p.K; ++i) std::memcpy(s.S + i * kLdB, dS + i * ldv, static_cast<std::size_t>(wp) * sizeof(float));
   Transpose(padded(p.K), wp, s.S, kLdB, s.ST, ldk);
-  Gemm(m, p.K, w, {s.UT, 1, kLdC}, {s.ST, ldk}, {.data = s.dk, .ld = ldq, .c0 = 1, .rows = gates.tail});
-  GatherDots(s.k, ldk, s.dk, ldq, m, ldq, last_k, sum.write);
+  Gemm(m, ldq, w, {s.UT, 1, kLdC}, {s.ST, ldk}, {.data = s.W, .ld = ldq, .rows = gates.tail});
+  AddAndDot(s.W, s.k, ldk, m, ldq, s.dk, sum.write);
 
   Gemm(p.K, w, at.rows, {s.q, 1, ldk}, {s.d_o, kLdB}, {.data = dS, .ld = ldv, .c0 = gates.gl});
   Gemm(p.K, w, at.rows, {s.k, 1, ldk}, {s.dX, kLdB}, {.data = dS, .ld = ldv, .c0 = 1, .alpha = -1});
@@ -227,7 +229,7 @@ HWY_NOINLINE void BackwardHead(const op::Problem& p, const Place& at, Index h, c
   Decays(gates, at.m, G);
   MakeL(s.kk, G, gates, at.m, L);
   MaskedByDecay(s.qk, G, at.m, s.P);
-  Inverse(L, at.m, s.T);
+  Inverse(L, at.m, s.wide, s.T);
   for (Index v0 = 0; v0 < p.V; v0 += kValueBlock) BackwardBlock(p, at, h, v0, S, slot, gates, d_state, s, sum);
   BackwardSquare(p, at, gates, s, sum);
   StoreGateGradients(p, at, h, gates, sum, gate_sums);
@@ -266,8 +268,8 @@ void Backward(const op::Problem& p, const Span& span, std::int64_t hk, float* d_
       LoadNormed(p, p.k, at, hk, 1, s.k, k_norms);
       LoadNormed(p, p.q, at, hk, static_cast<float>(p.scale), s.q, q_norms);
       Transpose(at.m, padded(p.K), s.k, ldk, s.kT, kLdC);
-      TimesKeys(p, s.k, s.kT, at.m, s.kk);
-      TimesKeys(p, s.q, s.kT, at.m, s.qk);
+      TimesKeys(p, {s.kT, 1, kLdC}, s.kT, at.m, s.kk);
+      TimesKeys(p, {s.q, ldk, 1}, s.kT, at.m, s.qk);
       Fill(s.dq, at.m * padded(p.K));
       Fill(s.dk, at.m * padded(p.K));
       for (Index r = 0; r < ratio; ++r) {

@@ -148,24 +148,32 @@ HWY_NOINLINE void MakeL(const float* kk, const float* G, const Gates& s, Index m
   }
 }
 
-// T = (I + L)^-1, exact zeros above the diagonal: forward substitution inside blocks of 16 rows, products between them.
-HWY_NOINLINE void Inverse(const float* L, Index m, float* T) {
-  const DF d;
-  constexpr Index kBlock = 16;
-  for (Index i0 = 0; i0 < m; i0 += kBlock) {
-    const Index rows = std::min(kBlock, m - i0);
-    for (Index i = i0; i < i0 + rows; ++i) Fill(T + i * kLdC, kC);
-    if (i0 > 0) Gemm(rows, i0, i0, {L + i0 * kLdC, kLdC, 1}, {T, kLdC}, {.data = T + i0 * kLdC, .ld = kLdC, .alpha = -1});
-    for (Index i = i0; i < i0 + rows; ++i) {
-      T[i * kLdC + i] = 1;
-      for (Index j = i0; j < i; ++j) {
-        const VF l = hn::Set(d, L[i * kLdC + j]);
-        for (Index x = 0; x <= j; x += kLanes) {
-          float* t = T + i * kLdC + x;
-          hn::StoreU(hn::NegMulAdd(l, hn::LoadU(d, T + j * kLdC + x), hn::LoadU(d, t)), d, t);
-        }
+// T = (I + L)^-1 by forward substitution, exact zeros above the diagonal. In float64, in `wide` [64, 64]: with beta near 2 and keys that
+// repeat T's rows neither grow nor shrink, and float32 alone would use up the float32 contract.
+HWY_NOINLINE void Inverse(const float* L, Index m, double* wide, float* T) {
+  const hn::Repartition<double, DF> dd;
+  const hn::Rebind<float, decltype(dd)> df;
+  constexpr int kSums = 8, kWide = kLanes / 2;
+  std::memset(wide, 0, sizeof(double) * kC * static_cast<std::size_t>(m));
+  for (Index i = 0; i < m; ++i) {
+    float* row = T + i * kLdC;
+    double* wide_row = wide + i * kC;
+    Fill(row, kC);
+    for (Index x0 = 0; x0 < i; x0 += kSums * kWide) {
+      hn::Vec<decltype(dd)> sum[kSums];
+      HWY_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::Zero(dd);
+      for (Index j = x0; j < i; ++j) {
+        const auto l = hn::Set(dd, static_cast<double>(L[i * kLdC + j]));
+        const double* t = wide + j * kC + x0;
+        HWY_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::NegMulAdd(l, hn::LoadU(dd, t + u * kWide), sum[u]);
+      }
+      HWY_UNROLL(8) for (int u = 0; u < kSums; ++u) {
+        hn::StoreU(sum[u], dd, wide_row + x0 + u * kWide);
+        hn::StoreU(hn::DemoteTo(df, sum[u]), df, row + x0 + u * kWide);
       }
     }
+    wide_row[i] = 1;
+    row[i] = 1;
   }
 }
 
@@ -179,9 +187,9 @@ HWY_NOINLINE void ScaleColumns(float* T, const float* beta, Index m) {
   }
 }
 
-// out = a k^T on and below the diagonal, for a = k or q: [m, m]. kT [padded(K), kLdC].
-HWY_INLINE void TimesKeys(const op::Problem& p, const float* a, const float* kT, Index m, float* out) {
-  Gemm(m, m, p.K, {a, leading(p.K), 1}, {kT, kLdC}, {.data = out, .ld = kLdC}, Shape::out_lower);
+// out = a k^T on and below the diagonal, [m, m], for a = k or q. kT [padded(K), kLdC].
+HWY_INLINE void TimesKeys(const op::Problem& p, const Left& a, const float* kT, Index m, float* out) {
+  Gemm(m, m, p.K, a, {kT, kLdC}, {.data = out, .ld = kLdC}, Shape::out_lower);
 }
 
 }  // namespace HWY_NAMESPACE

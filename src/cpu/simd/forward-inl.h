@@ -38,15 +38,16 @@ void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, 
     LoadGates(p, at, h, gates);
     LoadNormed(p, p.k, at, hk, 1, s.k, nullptr);
     Transpose(m, padded(p.K), s.k, ldk, s.kT, kLdC);
-    TimesKeys(p, s.k, s.kT, m, s.L);
+    TimesKeys(p, {s.kT, 1, kLdC}, s.kT, m, s.L);  // A reads k transposed too: what a step broadcasts stands in one line
     Decays(gates, m, s.G);
     if (full) {
-      LoadNormed(p, p.q, at, hk, static_cast<float>(p.scale), s.q, nullptr);
-      TimesKeys(p, s.q, s.kT, m, s.P);
+      LoadNormed(p, p.q, at, hk, static_cast<float>(p.scale), s.R, nullptr);  // R's tile is free until v comes
+      Transpose(m, padded(p.K), s.R, ldk, s.qT, kLdC);
+      TimesKeys(p, {s.qT, 1, kLdC}, s.kT, m, s.P);
       MaskedByDecay(s.P, s.G, m, s.P);
     }
     MakeL(s.L, s.G, gates, m, s.L);
-    Inverse(s.L, m, s.T);
+    Inverse(s.L, m, s.wide, s.T);
     if (full && (p.saved_c || p.saved_T)) SaveChunk(p, at, h, gates, s.T);
     ScaleColumns(s.T, gates.beta, m);
 
@@ -55,10 +56,10 @@ void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, 
     } else {
       LoadTile(p.v, at.b, at.t, at.rows, m, h, 0, width, s.R, ld);
     }
-    Gemm(m, width, p.K, {s.k, ldk, 1}, {state, ld}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam});
+    Gemm(m, width, p.K, {s.kT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam});
     Gemm(m, width, m, {s.T, kLdC, 1}, {s.R, ld}, {.data = s.U, .ld = ld}, Shape::left_lower);
     if (full) {  // o takes R's tile
-      Gemm(m, width, p.K, {s.q, ldk, 1}, {state, ld}, {.data = s.R, .ld = ld, .rows = gates.gam});
+      Gemm(m, width, p.K, {s.qT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .rows = gates.gam});
       Gemm(m, width, m, {s.P, kLdC, 1}, {s.U, ld}, {.data = s.R, .ld = ld, .c0 = 1}, Shape::left_lower);
       StoreTile(p.o, at.b, at.t, at.rows, h, 0, width, s.R, ld);
     }

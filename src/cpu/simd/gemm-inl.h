@@ -75,13 +75,22 @@ HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b
       HWY_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::MulAdd(av, bv[v], acc[r][v]);
     }
   }
-  HWY_UNROLL(8) for (int r = 0; r < MR; ++r) {
-    const VF factor = hn::Set(d, c.rows == nullptr ? c.alpha : c.alpha * c.rows[i + r]);
-    float* out = c.data + (i + r) * c.ld + j;
-    HWY_UNROLL(2) for (int v = 0; v < NV; ++v) {
-      VF x = hn::Mul(acc[r][v], factor);
-      if (c.c0 != 0) x = hn::MulAdd(hn::Set(d, c.c0), hn::LoadU(d, out + v * kLanes), x);
-      hn::StoreU(x, d, out + v * kLanes);
+  float* HWY_RESTRICT out = c.data + i * c.ld + j;
+  const float* factors = c.rows == nullptr ? &c.alpha : c.rows + i;
+  const Index step = c.rows == nullptr ? 0 : 1;
+  const float sign = c.rows == nullptr ? 1 : c.alpha;
+  if (c.c0 != 0) {
+    const VF c0 = hn::Set(d, c.c0);
+    HWY_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
+      const VF factor = hn::Set(d, sign * factors[r * step]);
+      HWY_UNROLL(2) for (int v = 0; v < NV; ++v) {
+        hn::StoreU(hn::MulAdd(acc[r][v], factor, hn::Mul(c0, hn::LoadU(d, out + v * kLanes))), d, out + v * kLanes);
+      }
+    }
+  } else {
+    HWY_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
+      const VF factor = hn::Set(d, sign * factors[r * step]);
+      HWY_UNROLL(2) for (int v = 0; v < NV; ++v) hn::StoreU(hn::Mul(acc[r][v], factor), d, out + v * kLanes);
     }
   }
 }
@@ -117,11 +126,11 @@ HWY_NOINLINE void Gemm(Index m, Index n, Index depth, const Left& a, const Right
 }
 
 // Multiply-adds on registers only, dependent chains enough to fill both FMA units.
-HWY_NOINLINE float SpinMacs(std::int64_t rounds) {
+HWY_NOINLINE float SpinMacs(std::int64_t rounds, float seed) {
   const DF d;
   VF acc[12];
-  for (int i = 0; i < 12; ++i) acc[i] = hn::Set(d, static_cast<float>(i));
-  VF x = hn::Set(d, 0.999F), y = hn::Set(d, 1e-3F);
+  for (int i = 0; i < 12; ++i) acc[i] = hn::Set(d, seed + static_cast<float>(i));
+  const VF x = hn::Set(d, 0.999F), y = hn::Set(d, 1e-3F);
   for (std::int64_t r = 0; r < rounds; ++r) {
     HWY_UNROLL(12) for (int i = 0; i < 12; ++i) acc[i] = hn::MulAdd(acc[i], x, y);
   }
