@@ -36,11 +36,11 @@ extern "C" {
 
 typedef enum flashdelta_status {
   FLASHDELTA_OK = 0,
-  FLASHDELTA_VALUE_ERROR = 1,    /* an argument's value, shape, stride or presence is not allowed */
-  FLASHDELTA_TYPE_ERROR = 2,     /* an argument's dtype is not allowed */
-  FLASHDELTA_UNAVAILABLE = 3,    /* the backend is not in this build or has no usable device, or lacks the operation */
-  FLASHDELTA_RUNTIME_ERROR = 4,  /* the device or the system failed: out of memory, a CUDA error */
-  FLASHDELTA_INTERNAL_ERROR = 5  /* a defect of this library */
+  FLASHDELTA_VALUE_ERROR = 1,   /* an argument's value, shape, stride or presence is not allowed */
+  FLASHDELTA_TYPE_ERROR = 2,    /* an argument's dtype is not allowed */
+  FLASHDELTA_UNAVAILABLE = 3,   /* the backend is not in this build or has no usable device, or lacks the operation */
+  FLASHDELTA_RUNTIME_ERROR = 4, /* the device or the system failed: out of memory, a CUDA error */
+  FLASHDELTA_INTERNAL_ERROR = 5 /* a defect of this library */
 } flashdelta_status;
 
 typedef enum flashdelta_backend {
@@ -99,8 +99,9 @@ typedef struct flashdelta_options {
  * saved_*        what backward reads; each may be null. chunk_forward only:
  *   saved_c      [B, T, HV]     fp32, inclusive sum of the log gates inside each chunk
  *   saved_T      [B, T, HV, 64] fp32, row i of T = (I + L)^-1 of token i's chunk
- *   saved_states [S, HV, K, V]  fp32 or bf16 (never state_v_first), S = B*T / (64 n) + N with n = checkpoint_chunks; the state before chunk i
- *                               (i % n == 0) of sequence m, whose first token is s, stands at s / (64 n) + m + i / n (integer divisions)
+ *   saved_states [S, HV, K, V]  fp32 or bf16 (never state_v_first), S = B*T / (64 n) + N with n = checkpoint_chunks; the state before
+ *                               chunk i (i % n == 0) of sequence m, whose first token is s, stands at s / (64 n) + m + i / n (integer
+ *                               divisions)
  * workspace      flashdelta_*_workspace_size bytes, 64-byte aligned, on the tensors' device; contents before and after mean nothing
  */
 typedef struct flashdelta_forward_args {

@@ -56,7 +56,8 @@ class Arguments {
   void* address() { return reinterpret_cast<void*>(static_cast<std::uintptr_t>(next().cast<std::int64_t>())); }
 
   void done() const {
-    if (at_ != size_) throw ffi::Error("TypeError", "flashdelta_ffi: " + std::to_string(size_) + " arguments given; one takes " + std::to_string(at_), "");
+    if (at_ != size_)
+      throw ffi::Error("TypeError", "flashdelta_ffi: " + std::to_string(size_) + " arguments given; one takes " + std::to_string(at_), "");
   }
 
  private:
@@ -75,10 +76,10 @@ flashdelta_options take_options(Arguments& in) {
   const std::optional<double> scale = in.optional_number();
   options.has_scale = scale.has_value() ? 1 : 0;
   options.scale = scale.value_or(0);
-  for (std::int32_t* option : {&options.use_qk_l2norm_in_kernel, &options.use_gate_in_kernel, &options.use_beta_sigmoid_in_kernel,
-                               &options.allow_neg_eigval, &options.state_v_first, &options.context_parallel, &options.num_segments,
-                               &options.batch_invariant, &options.backend, &options.num_threads, &options.instruction_set,
-                               &options.checkpoint_chunks}) {
+  for (std::int32_t* option :
+       {&options.use_qk_l2norm_in_kernel, &options.use_gate_in_kernel, &options.use_beta_sigmoid_in_kernel, &options.allow_neg_eigval,
+        &options.state_v_first, &options.context_parallel, &options.num_segments, &options.batch_invariant, &options.backend,
+        &options.num_threads, &options.instruction_set, &options.checkpoint_chunks}) {
     *option = in.integer();
   }
   options.context_parallel_tolerance = in.number();
@@ -88,7 +89,8 @@ flashdelta_options take_options(Arguments& in) {
 
 // Runs the operation if the workspace suffices; otherwise the bytes that it needs.
 template <typename Args>
-std::int64_t run(Arguments& in, Args& args, flashdelta_status (*size_of)(const Args*, std::size_t*), flashdelta_status (*operation)(const Args*)) {
+std::int64_t run(Arguments& in, Args& args, flashdelta_status (*size_of)(const Args*, std::size_t*),
+                 flashdelta_status (*operation)(const Args*)) {
   args.struct_size = sizeof(Args);
   args.options = take_options(in);
   const DLTensor* workspace = in.tensor();
@@ -122,8 +124,7 @@ std::int64_t run_backward(Arguments in) {
                                   &args.dt_bias, &args.saved_c, &args.saved_T, &args.saved_states, &args.d_o, &args.d_final_state}) {
     *tensor = in.tensor();
   }
-  for (DLTensor** tensor :
-       {&args.dq, &args.dk, &args.dv, &args.dg, &args.dbeta, &args.d_initial_state, &args.dA_log, &args.d_dt_bias}) {
+  for (DLTensor** tensor : {&args.dq, &args.dk, &args.dv, &args.dg, &args.dbeta, &args.d_initial_state, &args.dA_log, &args.d_dt_bias}) {
     *tensor = in.tensor();
   }
   return run(in, args, flashdelta_chunk_backward_workspace_size, flashdelta_chunk_backward);
@@ -141,8 +142,7 @@ int answer(TVMFFIAny* result, Body body) {
 extern "C" {
 
 TVM_FFI_DLL_EXPORT int __tvm_ffi_chunk_forward(void*, const TVMFFIAny* args, std::int32_t size, TVMFFIAny* result) {
-  return answer(result,
-                [&] { return run_forward({args, size}, flashdelta_chunk_forward_workspace_size, flashdelta_chunk_forward); });
+  return answer(result, [&] { return run_forward({args, size}, flashdelta_chunk_forward_workspace_size, flashdelta_chunk_forward); });
 }
 
 TVM_FFI_DLL_EXPORT int __tvm_ffi_recurrent_forward(void*, const TVMFFIAny* args, std::int32_t size, TVMFFIAny* result) {

@@ -26,7 +26,7 @@ class Call {
   }
 
   Problem& problem() { return p_; }
-  const std::vector<Footprint>& footprints() const { return footprints_; }
+  [[nodiscard]] const std::vector<Footprint>& footprints() const { return footprints_; }
 
   // Sizes come from q, v and cu_seqlens; every other shape follows.
   void sizes(const DLTensor* q, const DLTensor* v, const DLTensor* cu_seqlens);

@@ -18,14 +18,10 @@ T read_bits(const void* at) {
 
 inline double load_element(DType dtype, const void* at) {
   switch (dtype) {
-    case DType::f64:
-      return read_bits<double>(at);
-    case DType::f32:
-      return read_bits<float>(at);
-    case DType::bf16:
-      return float_from_bf16(read_bits<std::uint16_t>(at));
-    case DType::f16:
-      break;
+    case DType::f64: return read_bits<double>(at);
+    case DType::f32: return read_bits<float>(at);
+    case DType::bf16: return float_from_bf16(read_bits<std::uint16_t>(at));
+    case DType::f16: break;
   }
   return float_from_f16(read_bits<std::uint16_t>(at));
 }
@@ -35,14 +31,10 @@ inline void store_element(DType dtype, void* at, double value) {
   const auto single = static_cast<float>(value);
   const auto put = [at](auto bits) { std::memcpy(at, &bits, sizeof(bits)); };
   switch (dtype) {
-    case DType::f64:
-      return put(value);
-    case DType::f32:
-      return put(single);
-    case DType::bf16:
-      return put(bf16_from_float(single));
-    case DType::f16:
-      return put(f16_from_float(single));
+    case DType::f64: return put(value);
+    case DType::f32: return put(single);
+    case DType::bf16: return put(bf16_from_float(single));
+    case DType::f16: return put(f16_from_float(single));
   }
 }
 

@@ -40,16 +40,16 @@ enum class Backend : std::uint8_t { cpu, cuda, reference };
 
 struct Problem {
   Operation operation{};
-  Backend backend{};   // resolved: never "auto"
-  int device_id = 0;   // CUDA ordinal; 0 on CPU
+  Backend backend{};  // resolved: never "auto"
+  int device_id = 0;  // CUDA ordinal; 0 on CPU
   std::int64_t B = 0, T = 0, H = 0, HV = 0, K = 0, V = 0, N = 0;
-  double scale = 0;    // resolved
+  double scale = 0;  // resolved
   bool qk_l2norm = false, gate_in_kernel = false, beta_sigmoid = false, neg_eigval = false, batch_invariant = false;
   flashdelta_context_parallel context_parallel{};
-  double tolerance = 0;         // resolved
-  int num_segments = 0;         // 0: the plan's choice
-  int num_threads = 0;          // as given
-  int checkpoint_chunks = 1;    // resolved
+  double tolerance = 0;       // resolved
+  int num_segments = 0;       // 0: the plan's choice
+  int num_threads = 0;        // as given
+  int checkpoint_chunks = 1;  // resolved
   flashdelta_instruction_set instruction_set{};
   void* stream = nullptr;
 
@@ -59,9 +59,9 @@ struct Problem {
   bool cu_seqlens_int64 = false;
 
   Tensor q, k, v, g, beta, initial_state, A_log, dt_bias;
-  Tensor o, final_state;                        // forward, recurrent
-  Tensor saved_c, saved_T, saved_states;        // out of forward, into backward
-  Tensor d_o, d_final_state;                    // backward, in
+  Tensor o, final_state;                                             // forward, recurrent
+  Tensor saved_c, saved_T, saved_states;                             // out of forward, into backward
+  Tensor d_o, d_final_state;                                         // backward, in
   Tensor dq, dk, dv, dg, dbeta, d_initial_state, dA_log, d_dt_bias;  // backward, out
 
   void* workspace = nullptr;

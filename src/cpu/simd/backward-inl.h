@@ -57,10 +57,10 @@ void BackwardState(const op::Problem& p, const Span& span, std::int64_t h, Pass 
 // What one value head's chunk gathers for dg and dbeta, per token, in double: the sums below telescope, and what is left of them may be
 // small beside their terms.
 struct GateGradient {
-  double read[kC] = {};    // do . (gam q S) + dX . (-gam b k S): what c[i] changes at the token itself
-  double write[kC] = {};   // (tail k) . (U dS'^T): what c[-1] - c[i] changes
+  double read[kC] = {};   // do . (gam q S) + dX . (-gam b k S): what c[i] changes at the token itself
+  double write[kC] = {};  // (tail k) . (U dS'^T): what c[-1] - c[i] changes
   double beta[kC] = {};
-  double state = 0;        // gl <S, dS'>
+  double state = 0;          // gl <S, dS'>
   double crossing[kC] = {};  // sum over j >= i > m of dP P + dL L
 };
 
@@ -79,8 +79,8 @@ HWY_INLINE void AddAndDot(const float* W, const float* x, Index ldx, Index m, In
 }
 
 // One block of value columns: R, U, dU, dX; adds to dP, dL, dq, dk; stores dv; moves d_state to before the chunk.
-HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Place& at, Index h, Index v0, const op::Tensor& S, Index slot, const Gates& gates,
-                                float* d_state, const BackwardScratch& s, GateGradient& sum) {
+HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Place& at, Index h, Index v0, const op::Tensor& S, Index slot,
+                                const Gates& gates, float* d_state, const BackwardScratch& s, GateGradient& sum) {
   const Index m = at.m, ldk = leading(p.K), ldq = padded(p.K), ldv = leading(p.V);
   const Index w = std::min<Index>(kValueBlock, p.V - v0), wp = padded(w);
   const float c0 = v0 == 0 ? 0.0F : 1.0F;

@@ -44,26 +44,24 @@ struct Right {
 struct Out {
   float* data;
   Index ld;
-  float c0 = 0;                   // factor of what C held; 0: C is not read
-  float alpha = 1;                // factor of the product ...
-  const float* rows = nullptr;    // ... times one per row
+  float c0 = 0;                 // factor of what C held; 0: C is not read
+  float alpha = 1;              // factor of the product ...
+  const float* rows = nullptr;  // ... times one per row
 };
 
 // Which part of the product is known to vanish or is not wanted.
 enum class Shape : std::uint8_t {
   full,
-  left_lower,   // A(i, p) = 0 for p > i
-  left_upper,   // A(i, p) = 0 for p < i
-  out_lower,    // only C(i, j) with j <= i is wanted (more may be written)
+  left_lower,  // A(i, p) = 0 for p > i
+  left_upper,  // A(i, p) = 0 for p < i
+  out_lower,   // only C(i, j) with j <= i is wanted (more may be written)
 };
 
 template <int MR, int NV>
 HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b, Index j, const Out& c) {
   const DF d;
   VF acc[MR][NV];
-  HWY_UNROLL(8) for (int r = 0; r < MR; ++r) {
-    HWY_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::Zero(d);
-  }
+  HWY_UNROLL(8) for (int r = 0; r < MR; ++r) { HWY_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::Zero(d); }
   const float* HWY_RESTRICT ap = a.data + i * a.row + p0 * a.depth;
   const float* HWY_RESTRICT bp = b.data + p0 * b.ld + j;
   const Index row = a.row, depth = a.depth, ld = b.ld;

@@ -88,7 +88,8 @@ HWY_INLINE void Fill(float* p, Index n) { std::memset(p, 0, static_cast<std::siz
 
 // A tile of `rows` tokens from t on, `m` rows high: columns [c0, c0 + width) of head h of batch row b; zero beyond `rows` and in the
 // padding, whatever stands behind the sequence in memory.
-HWY_INLINE void LoadTile(const op::Tensor& x, Index b, Index t, Index rows, Index m, Index h, Index c0, Index width, float* tile, Index ld) {
+HWY_INLINE void LoadTile(const op::Tensor& x, Index b, Index t, Index rows, Index m, Index h, Index c0, Index width, float* tile,
+                         Index ld) {
   const Index pad = padded(width) - width;
   for (Index i = 0; i < rows; ++i) {
     LoadRow(x.dtype, x.at(b, t + i, h, c0), x.stride[3], width, tile + i * ld);
