@@ -31,18 +31,33 @@ std::string processor() {
   return "unknown";
 }
 
-double peak_gflops(flashdelta_instruction_set set, int threads) {
-  const Kernels* kernels = find_kernels(set);
-  if (kernels == nullptr) return 0;
-  constexpr double kSeconds = 0.2;
+namespace {
+
+constexpr double kMeasure = 0.2;  // seconds
+
+// Runs `one` on every thread at once, as a call that fills them would, and sums what they return.
+template <class One>
+double over_threads(int threads, const One& one) {
   op::Problem p;
   p.num_threads = threads;
   const int count = allowed_threads(p);
-  std::vector<double> macs(static_cast<std::size_t>(count));
-  parallel_for(count, count, [&](std::int64_t i, int) { macs[static_cast<std::size_t>(i)] = kernels->peak_macs(kSeconds); });
+  std::vector<double> results(static_cast<std::size_t>(count));
+  parallel_for(count, count, [&](std::int64_t i, int) { results[static_cast<std::size_t>(i)] = one(); });
   double sum = 0;
-  for (const double x : macs) sum += x;
-  return 2 * sum * 1e-9;
+  for (const double x : results) sum += x;
+  return sum;
+}
+
+}  // namespace
+
+double peak_gflops(flashdelta_instruction_set set, int threads) {
+  const Kernels* kernels = find_kernels(set);
+  return kernels == nullptr ? 0 : 2e-9 * over_threads(threads, [&] { return kernels->peak_macs(kMeasure); });
+}
+
+double separate_passes_tokens_per_second(flashdelta_instruction_set set, int threads, std::int64_t K, std::int64_t V) {
+  const Kernels* kernels = find_kernels(set);
+  return kernels == nullptr ? 0 : over_threads(threads, [&] { return 1 / kernels->separate_passes(K, V, kMeasure); });
 }
 
 }  // namespace flashdelta::cpu

@@ -35,7 +35,7 @@ double PeakMacs(double seconds) {
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {Forward, BackwardState, Backward, Recurrent, LoadState, StoreState, ApplyTransition, PeakMacs};
+const Kernels kKernels = {Forward, BackwardState, Backward, Recurrent, LoadState, StoreState, ApplyTransition, PeakMacs, SeparatePasses};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace flashdelta::cpu

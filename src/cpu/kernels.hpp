@@ -44,6 +44,9 @@ struct Kernels {
 
   // Multiply-adds per second in registers, for `seconds`: the peak that benchmarks compare with.
   double (*peak_macs)(double seconds);
+
+  // Seconds per token and head of a token loop with ggml's schedule, measured for `seconds`: what benchmarks compare with as well.
+  double (*separate_passes)(std::int64_t K, std::int64_t V, double seconds);
 };
 
 // The build for `set`, null where it is not built or this processor lacks it.

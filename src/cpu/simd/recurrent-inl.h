@@ -7,6 +7,10 @@
 #define FLASHDELTA_CPU_SIMD_RECURRENT_INL_H_
 #endif
 
+#include <chrono>
+#include <memory>
+#include <vector>
+
 #include "cpu/scratch.hpp"
 #include "cpu/simd/chunk-inl.h"
 
@@ -91,6 +95,40 @@ void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scra
     StoreRow(p.o.dtype, p.o.at(seq.row, t, h), p.o.stride[3], p.V, s.o);
   }
   if (p.final_state) StoreRows(p, n, h, s);
+}
+
+// What benchmarks compare with: the same rule as ggml schedules it, one pass over the whole state for each of decay, read, update and
+// output. Returns the seconds that a token of one head takes.
+HWY_NOINLINE double SeparatePasses(std::int64_t K, std::int64_t V, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const DF d;
+  const Index n = padded(K);
+  std::vector<float> buffer(static_cast<std::size_t>(V * n + 2 * n + 2 * V + kPad));
+  std::size_t space = buffer.size() * sizeof(float);
+  void* aligned = buffer.data();
+  std::align(64, 0, aligned, space);
+  float *S = static_cast<float*>(aligned), *k = S + V * n, *q = k + n, *u = q + n, *o = u + V;
+  for (Index i = 0; i < V * n; ++i) S[i] = 0.01F * static_cast<float>(i % 7);
+  for (Index i = 0; i < n; ++i) k[i] = q[i] = 0.02F * static_cast<float>(i % 5 - 2);
+  const auto start = Clock::now();
+  double elapsed = 0;
+  std::int64_t tokens = 0;
+  while (elapsed < seconds) {
+    for (int repeat = 0; repeat < 64; ++repeat, ++tokens) {
+      for (Index j = 0; j < V; ++j) ScaleRow(S + j * n, 0.95F, n);
+      for (Index j = 0; j < V; ++j) u[j] = 0.5F * (1 - Dot(S + j * n, k, n));
+      for (Index j = 0; j < V; ++j) {
+        const VF f = hn::Set(d, u[j]);
+        for (Index i = 0; i < n; i += kLanes) {
+          hn::StoreU(hn::MulAdd(f, hn::LoadU(d, k + i), hn::LoadU(d, S + j * n + i)), d, S + j * n + i);
+        }
+      }
+      for (Index j = 0; j < V; ++j) o[j] = Dot(S + j * n, q, n);
+      k[0] = 0.02F * o[V - 1] / (1 + std::abs(o[V - 1]));  // the next token depends on this one
+    }
+    elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  return elapsed / static_cast<double>(tokens);
 }
 
 }  // namespace HWY_NAMESPACE
