@@ -55,18 +55,24 @@ class Run {
 
  private:
   // The state's gradient after segment j < count - 1; segment j's transition for j >= 1, and whether that is needed.
-  std::int64_t boundary(const Cut& cut, std::int64_t h, std::int64_t j) const { return cut.first_boundary + h * (cut.count - 1) + j; }
-  float* after(const Cut& cut, std::int64_t h, std::int64_t j) const { return floats(at_.states_at) + boundary(cut, h, j) * at_.state; }
-  float* transition(const Cut& cut, std::int64_t h, std::int64_t j) const {
+  [[nodiscard]] std::int64_t boundary(const Cut& cut, std::int64_t h, std::int64_t j) const {
+    return cut.first_boundary + h * (cut.count - 1) + j;
+  }
+  [[nodiscard]] float* after(const Cut& cut, std::int64_t h, std::int64_t j) const {
+    return floats(at_.states_at) + boundary(cut, h, j) * at_.state;
+  }
+  [[nodiscard]] float* transition(const Cut& cut, std::int64_t h, std::int64_t j) const {
     return floats(at_.transitions_at) + boundary(cut, h, j - 1) * at_.transition;
   }
-  std::byte& exact(const Cut& cut, std::int64_t h, std::int64_t j) const { return base_[at_.flags_at + boundary(cut, h, j - 1)]; }
+  [[nodiscard]] std::byte& exact(const Cut& cut, std::int64_t h, std::int64_t j) const {
+    return base_[at_.flags_at + boundary(cut, h, j - 1)];
+  }
   // Parts of dA_log and d_dt_bias of value head h and segment j: segments of sequence n stand after those of the sequences before it.
-  double* sums(const Cut& cut, std::int64_t h, std::int64_t j) const {
+  [[nodiscard]] double* sums(const Cut& cut, std::int64_t h, std::int64_t j) const {
     return reinterpret_cast<double*>(base_ + at_.sums_at) + 2 * (cut.first_boundary + cut.n * p_.HV + h * cut.count + j);
   }
-  float* floats(std::int64_t byte) const { return reinterpret_cast<float*>(base_ + byte); }
-  float* scratch(int thread) const { return floats(0) + thread * at_.scratch; }
+  [[nodiscard]] float* floats(std::int64_t byte) const { return reinterpret_cast<float*>(base_ + byte); }
+  [[nodiscard]] float* scratch(int thread) const { return floats(0) + thread * at_.scratch; }
 
   void find_boundary_gradients() {
     const auto items = items_of(at_.cuts, p_.HV, [](const Cut&, std::int64_t j) { return j > 0; });

@@ -52,12 +52,16 @@ class Run {
 
  private:
   // The state before segment j >= 1, segment j's transition, and whether that is needed.
-  std::int64_t boundary(const Item& x, std::int64_t j) const { return x.cut->first_boundary + x.head * (x.cut->count - 1) + j - 1; }
-  float* state(const Item& x, std::int64_t j) const { return floats(at_.states_at) + boundary(x, j) * at_.state; }
-  float* transition(const Item& x, std::int64_t j) const { return floats(at_.transitions_at) + boundary(x, j) * at_.transition; }
-  std::byte& exact(const Item& x, std::int64_t j) const { return base_[at_.flags_at + boundary(x, j)]; }
-  float* floats(std::int64_t byte) const { return reinterpret_cast<float*>(base_ + byte); }
-  float* scratch(int thread) const { return floats(0) + thread * at_.scratch; }
+  [[nodiscard]] std::int64_t boundary(const Item& x, std::int64_t j) const {
+    return x.cut->first_boundary + x.head * (x.cut->count - 1) + j - 1;
+  }
+  [[nodiscard]] float* state(const Item& x, std::int64_t j) const { return floats(at_.states_at) + boundary(x, j) * at_.state; }
+  [[nodiscard]] float* transition(const Item& x, std::int64_t j) const {
+    return floats(at_.transitions_at) + boundary(x, j) * at_.transition;
+  }
+  [[nodiscard]] std::byte& exact(const Item& x, std::int64_t j) const { return base_[at_.flags_at + boundary(x, j)]; }
+  [[nodiscard]] float* floats(std::int64_t byte) const { return reinterpret_cast<float*>(base_ + byte); }
+  [[nodiscard]] float* scratch(int thread) const { return floats(0) + thread * at_.scratch; }
 
   // Segment j's own part of the state before segment j + 1, and, where the gates do not cut off what came before it, its transition.
   void find_boundary_states() {
