@@ -103,6 +103,8 @@ def library() -> ctypes.CDLL:
     lib.flashdelta_info.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t)]
     lib.flashdelta_last_error.restype = ctypes.c_char_p
     lib.flashdelta_version.restype = ctypes.c_char_p
+    lib.flashdelta_ffi_cpu_peak_gflops.argtypes = [ctypes.c_int32, ctypes.c_int32]
+    lib.flashdelta_ffi_cpu_peak_gflops.restype = ctypes.c_double
     return lib
 
 
@@ -142,6 +144,25 @@ def _pack_tensors(tensors: Sequence[TensorView | None]) -> tuple[Any, list[int]]
     return block, addresses
 
 
+def _fields(operation: str, options: Options, addresses: list[int]) -> list[Any]:
+    # Everything in front of the workspace.
+    return [_ARGS[operation].size, options.scale or 0.0, options.scale is not None, *options.integers, options.tolerance, 0, *addresses]
+
+
+def _workspace_size(operation: str, fields: list[Any]) -> int:
+    needed = ctypes.c_size_t()
+    check(getattr(library(), f"flashdelta_{operation}_workspace_size")(_ARGS[operation].pack(*fields, 0, 0), ctypes.byref(needed)))
+    return needed.value
+
+
+def workspace_size(operation: str, tensors: Sequence[TensorView | None], options: Options) -> int:
+    """Bytes of workspace that `call` with the same arguments takes; it checks them all and raises as `call` does."""
+    block, addresses = _pack_tensors(tensors)
+    size = _workspace_size(operation, _fields(operation, options, addresses))
+    del block  # held until here: the arguments point into it
+    return size
+
+
 def call(operation: str, tensors: Sequence[TensorView | None], options: Options, workspace: Callable[[int], Any]) -> None:
     """Runs an operation of the C ABI.
 
@@ -154,13 +175,11 @@ def call(operation: str, tensors: Sequence[TensorView | None], options: Options,
     Raises:
         ValueError, TypeError, RuntimeError: what the library refuses, in its words.
     """
-    lib, args = library(), _ARGS[operation]
     block, addresses = _pack_tensors(tensors)
-    fields = [args.size, options.scale or 0.0, options.scale is not None, *options.integers, options.tolerance, 0, *addresses]
-    needed = ctypes.c_size_t()
-    check(getattr(lib, f"flashdelta_{operation}_workspace_size")(args.pack(*fields, 0, 0), ctypes.byref(needed)))
-    space = workspace(needed.value) if needed.value else None
-    check(getattr(lib, f"flashdelta_{operation}")(args.pack(*fields, space.address if space else 0, needed.value)))
+    fields = _fields(operation, options, addresses)
+    size = _workspace_size(operation, fields)
+    space = workspace(size) if size else None
+    check(getattr(library(), f"flashdelta_{operation}")(_ARGS[operation].pack(*fields, space.address if space else 0, size)))
     del block  # held until here: the arguments point into it
 
 
@@ -176,3 +195,19 @@ def info() -> dict[str, Any]:
     text = ctypes.create_string_buffer(needed.value)
     check(lib.flashdelta_info(text, needed.value, None))
     return json.loads(text.value)
+
+
+def cpu_peak_gflops(instruction_set: str, threads: int) -> float | None:
+    """Measures the CPU's peak on fp32 multiply-adds held in registers, as kernels of one instruction set can reach it; takes 0.2 s.
+
+    Args:
+        instruction_set: "best", "baseline", "avx2" or "avx512".
+        threads: 0 stands for all that calls may use.
+
+    Returns:
+        GFLOP/s (a multiply-add is two operations) of all threads together; None where it cannot run here.
+    """
+    from flashdelta._options import INSTRUCTION_SET
+
+    peak = library().flashdelta_ffi_cpu_peak_gflops(INSTRUCTION_SET[instruction_set], threads)
+    return peak if peak > 0 else None

@@ -49,9 +49,18 @@ class _Workspace:
         self.address = -(-self._space.ctypes.data // alignment) * alignment
 
 
-def _call(operation: str, names: tuple[str, ...], inputs: dict[str, Any], outputs: dict[str, Any], options: Options) -> None:
-    views = [_view(name, outputs[name], True) if name in outputs else _view(name, inputs.get(name), False) for name in names]
-    _lib.call(operation, views, options, _Workspace)
+def _views(operation: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> list[_lib.TensorView | None]:
+    names = _lib.BACKWARD_TENSORS if operation == "chunk_backward" else _lib.FORWARD_TENSORS
+    return [_view(name, outputs[name], True) if name in outputs else _view(name, inputs.get(name), False) for name in names]
+
+
+def _call(operation: str, inputs: dict[str, Any], outputs: dict[str, Any], options: Options) -> None:
+    _lib.call(operation, _views(operation, inputs, outputs), options, _Workspace)
+
+
+def workspace_size(operation: str, inputs: dict[str, Any], outputs: dict[str, Any], options: Options) -> int:
+    """Bytes of workspace that `operation` takes; arrays by the names of the C ABI's fields, absent ones left out."""
+    return _lib.workspace_size(operation, _views(operation, inputs, outputs), options)
 
 
 def _offsets(cu_seqlens: Any) -> Array | None:
@@ -108,7 +117,7 @@ def forward(
         shapes = (_shapes.saved_c(v), _shapes.saved_T(v), _shapes.saved_states(q, v, cu_seqlens, options))
         saved = [np.empty(shape, np.float32) if wanted else None for shape, wanted in zip(shapes, save, strict=True)]
     outputs = dict(zip(("o", "final_state", *_lib.SAVED), (o, final_state, *saved), strict=True))
-    _call(operation, _lib.FORWARD_TENSORS, named, outputs, options)
+    _call(operation, named, outputs, options)
     return (o, final_state if output_final_state or inplace_state else None, *saved)
 
 
@@ -127,7 +136,7 @@ def backward(
     gradients = [np.empty(x.shape, x.dtype) if isinstance(x, np.ndarray) else None for x in owners]
     named.update(zip(_lib.SAVED, saved, strict=True))
     named.update(d_o=d_o, d_final_state=d_final_state)
-    _call("chunk_backward", _lib.BACKWARD_TENSORS, named, dict(zip(_lib.GRADIENTS, gradients, strict=True)), options)
+    _call("chunk_backward", named, dict(zip(_lib.GRADIENTS, gradients, strict=True)), options)
     return tuple(gradients)
 
 

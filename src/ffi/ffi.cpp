@@ -4,6 +4,8 @@
 // the options in flashdelta_options' order (scale None: has_scale = 0; the stream as an integer), and last the workspace (uint8, or
 // None). Each returns 0 when it ran; otherwise the workspace bytes that it needs, having touched nothing. One call thus serves both
 // for asking and for running, and operations that need no workspace take a single one.
+//
+// Beside them stands one plain C function for the program's benchmarks, which the public ABI has no use for.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -15,6 +17,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/cpu.hpp"
 #include "flashdelta/flashdelta.h"
 
 namespace {
@@ -152,6 +155,16 @@ TVM_FFI_DLL_EXPORT int __tvm_ffi_recurrent_forward(void*, const TVMFFIAny* args,
 
 TVM_FFI_DLL_EXPORT int __tvm_ffi_chunk_backward(void*, const TVMFFIAny* args, std::int32_t size, TVMFFIAny* result) {
   return answer(result, [&] { return run_backward({args, size}); });
+}
+
+// cpu::peak_gflops; negative where it could not be measured (out of memory or threads).
+TVM_FFI_DLL_EXPORT double flashdelta_ffi_cpu_peak_gflops(std::int32_t instruction_set, std::int32_t threads) {
+  if (instruction_set < FLASHDELTA_INSTRUCTION_SET_BEST || instruction_set > FLASHDELTA_INSTRUCTION_SET_AVX512) return 0;
+  try {
+    return flashdelta::cpu::peak_gflops(static_cast<flashdelta_instruction_set>(instruction_set), threads);
+  } catch (...) {
+    return -1;
+  }
 }
 
 }  // extern "C"

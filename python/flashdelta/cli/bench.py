@@ -67,21 +67,25 @@ def _shapes(args: argparse.Namespace, place: device.Cpu | device.Cuda) -> list[S
         return HeadLayout(heads.key_heads, heads.value_heads, *args.dim) if args.dim else heads
 
     tokens, batch = args.tokens or 4096, args.batch or 1
-    dtype = args.dtype or "bf16"
+    dtypes = [args.dtype or "bf16"]
+    sets, counts = [args.instruction_set], [args.threads]
+    if place.backend == "cpu":  # what "best" and "all" stand for here
+        everything = flashdelta.info()["cpu"]["threads"]
+        here = options.instruction_sets_here() or sets
+        sets = here[:1] if args.instruction_set == "best" else sets
+        counts = [args.threads or everything]
     if args.suite == "cpu":
         if place.backend != "cpu":
             raise errors.UsageError("--suite cpu: runs on the CPU; add --device cpu")
-        sets = options.instruction_sets_here() if args.instruction_set == "best" else [args.instruction_set]
-        everything = flashdelta.info()["cpu"]["threads"]
-        counts = [args.threads] if args.threads else sorted({1, everything})
+        sets = here if args.instruction_set == "best" else sets
+        counts = counts if args.threads else sorted({1, everything})
         dtypes = [args.dtype] if args.dtype else ["bf16", "fp32"]
-        heads = layout(HeadLayout(16, 16))
-        return [Shape(heads, tokens, batch, d, s, n) for d in dtypes for s in sets or ["best"] for n in counts]
-    if args.suite == "models":
-        layouts = sorted({(heads.key_heads, heads.value_heads) for heads in MODELS.values()})
-        return [Shape(layout(HeadLayout(*pair)), tokens, batch, dtype, args.instruction_set, args.threads) for pair in layouts]
-    heads = args.heads or MODELS[args.model or "qwen3.5-0.8b"]
-    return [Shape(layout(heads), tokens, batch, dtype, args.instruction_set, args.threads)]
+        layouts = [HeadLayout(16, 16)]
+    elif args.suite == "models":
+        layouts = [HeadLayout(*pair) for pair in sorted({(heads.key_heads, heads.value_heads) for heads in MODELS.values()})]
+    else:
+        layouts = [args.heads or MODELS[args.model or "qwen3.5-0.8b"]]
+    return [Shape(layout(h), tokens, batch, d, s, n) for h in layouts for d in dtypes for s in sets for n in counts]
 
 
 def _ratios(results: list[Result]) -> dict[str, float]:
@@ -104,16 +108,16 @@ def _ratio_text(result: Result, ratios: dict[str, float]) -> str:
 
 def _label(shape: Shape) -> str:
     widths = sorted({shape.heads.key_width, shape.heads.value_width}, reverse=True)
-    size = f"{shape.batch} x {shape.tokens}" if shape.batch > 1 else str(shape.tokens)
+    size = f"{shape.batch}x{shape.tokens}"
     return f"{shape.heads} d={'/'.join(map(str, widths))} {size} {shape.dtype}"
 
 
 def _how(shape: Shape) -> str:
-    return f"{shape.instruction_set}, {shape.threads or 'all'} thr."
+    return f"{shape.instruction_set}, {shape.threads} thr." if shape.threads else ""
 
 
 def _print(groups: list[list[Result]], place_text: str) -> None:
-    columns = ("shape", "how", "pass", "time", "us/token/head", "GFLOP/s", "of peak", "workspace", "ratio")
+    columns = ("shape", "how", "pass", "time", "us/token/head", "GFLOP/s", "of peak", "workspace/thr.", "ratio")
     table = ui.table(place_text, *columns)
     for column in table.columns[3:8]:
         column.justify = "right"
@@ -128,7 +132,7 @@ def _print(groups: list[list[Result]], place_text: str) -> None:
                 f"{result.us_per_token_head:.3f}",
                 f"{result.gflops:.1f}",
                 "-" if result.floor_share is None else f"{100 * result.floor_share:.0f} % of {result.peak_gflops:.0f}",
-                "-" if result.extra_bytes is None else ui.size(result.extra_bytes),
+                "-" if result.workspace_per_thread is None else ui.size(result.workspace_per_thread),
                 _ratio_text(result, ratios),
             )
         table.add_section()
@@ -150,7 +154,10 @@ def _report(groups: list[list[Result]], place: device.Cpu | device.Cuda) -> dict
 
 
 def _plot(path: str, groups: list[list[Result]], title: str) -> None:
-    labels = [f"{_label(results[0].shape)}\n{_how(results[0].shape)}" for results in groups]
+    parts = [(*_label(results[0].shape).split(), *_how(results[0].shape).split(", ")) for results in groups]
+    common = [part for part in zip(*parts, strict=True) if len(groups) > 1 and len(set(part)) == 1]
+    labels = ["\n".join(x for x in part if not any(x == shared[0] for shared in common)) for part in parts]
+    title = " ".join([title, *(shared[0] for shared in common)])
     series = {
         operation: [next((r.us_per_token_head for r in results if r.operation == operation), math.nan) for results in groups]
         for operation in dict.fromkeys(result.operation for results in groups for result in results)
@@ -175,9 +182,9 @@ def main(args: argparse.Namespace) -> int:
     shapes = _shapes(args, place)
     passes = tuple(dict.fromkeys(args.passes or PASSES))
     groups = []
-    with errors.library_errors(), ui.progress("measuring", len(shapes) * len(passes)) as advance:
+    with errors.library_errors(), ui.progress("measuring", len(shapes)) as advance:
         for shape in shapes:
-            advance(0, f"{_label(shape)}, {_how(shape)}")
+            advance(0, f"{_label(shape)} {_how(shape)}")
             groups.append(measure.run(shape, passes, place, args.repeats, advance))
     report = _report(groups, place)
     title = f"{report['processor']}" if place.backend == "cpu" else report["gpus"][0]["name"]

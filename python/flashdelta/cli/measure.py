@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import flashdelta
+from flashdelta import _lib, _numpy, _options
 from flashdelta.cli import device, flops, timing
 from flashdelta.cli.dtypes import DTYPES
 from flashdelta.cli.models import HeadLayout
@@ -46,8 +46,14 @@ class Result:
     shape: Shape
     operation: str
     seconds: float
-    extra_bytes: int | None  # workspace: what the call allocates beyond what it returns; None where it cannot be seen
+    workspace_bytes: int | None  # what the library asks for: all that a call takes beyond inputs, outputs and saved tensors. CPU only
     peak_gflops: float | None  # of the same instruction set and threads
+
+    @property
+    def workspace_per_thread(self) -> float | None:
+        if self.workspace_bytes is None:
+            return None
+        return self.workspace_bytes / (self.shape.threads or flashdelta.info()["cpu"]["threads"])
 
     @property
     def gflops(self) -> float:
@@ -73,7 +79,8 @@ class Result:
             "peak_gflops": self.peak_gflops,
             "floor_seconds": self.seconds * self.floor_share if self.floor_share else None,
             "share_of_peak": self.floor_share,
-            "extra_bytes": self.extra_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "workspace_bytes_per_thread": self.workspace_per_thread,
         }
 
 
@@ -98,34 +105,21 @@ def inputs(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def peak_gflops(instruction_set: str, threads: int) -> float | None:
-    """The CPU's fp32 peak with one instruction set, measured by the library; None where it offers no such measurement."""
-    from flashdelta import _lib
-
-    function = getattr(_lib, "cpu_peak_gflops", None)
-    return None if function is None else float(function(instruction_set, threads))
-
-
-def _extra_bytes(call: Callable[[], Any], place: device.Cpu | device.Cuda) -> int | None:
-    """What a call allocates through NumPy at its peak, beyond what it returns: that is the workspace."""
-    if place.backend != "cpu":
-        return None
-    tracemalloc.start()
-    try:
-        returned = call()
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    arrays = {id(x): x for x in returned if isinstance(x, np.ndarray)}
-    return max(0, peak - sum(x.nbytes for x in arrays.values()))
+def _workspaces(common: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Bytes of workspace per pass. `outputs`: of each pass, the further inputs and the outputs by the names of the C ABI."""
+    inputs = {name: common.get(name) for name in _lib.INPUTS}
+    options = _options.pack(**{name: x for name, x in common.items() if name not in inputs})
+    operations = {"forward": "chunk_forward", "backward": "chunk_backward", "recurrent": "recurrent_forward"}
+    return {name: _numpy.workspace_size(operations[name], {**inputs, **x}, x, options) for name, x in outputs.items()}
 
 
 def run(shape: Shape, passes: tuple[str, ...], place: device.Cpu | device.Cuda, repeats: int, advance: Callable[[], None]) -> list[Result]:
-    """Measures `passes` of `shape`, in that order."""
+    """Measures `passes` of `shape`; results in that order. `advance` is called when all are done."""
     placed = {name: place.put(x) for name, x in inputs(shape).items()}
     flags = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
     common = {**placed, **flags, "backend": place.backend, "num_threads": shape.threads, "instruction_set": shape.instruction_set}
-    peak = peak_gflops(shape.instruction_set, shape.threads) if place.backend == "cpu" else None
+    on_cpu = place.backend == "cpu"
+    peak = _lib.cpu_peak_gflops(shape.instruction_set, shape.threads) if on_cpu else None
 
     def forward() -> Any:
         return flashdelta.chunk_gated_delta_rule(**common, output_final_state=True)
@@ -134,20 +128,23 @@ def run(shape: Shape, passes: tuple[str, ...], place: device.Cpu | device.Cuda, 
         return flashdelta.fused_recurrent_gated_delta_rule(**common, output_final_state=True)
 
     calls = {"forward": forward, "recurrent": recurrent}
+    o, final_state = forward()
+    outputs = {name: {"o": o, "final_state": final_state} for name in calls}
     if "backward" in passes:
         saved = flashdelta.chunk_gated_delta_rule_fwd(**common, output_h=True, output_g_cumsum=True, output_A=True)
-        d_o = place.put(
-            np.random.default_rng(1).standard_normal(place.get(placed["v"]).shape, dtype=np.float32).astype(DTYPES[shape.dtype])
-        )
+        d_o = place.put(np.random.default_rng(1).standard_normal(tuple(o.shape), dtype=np.float32).astype(DTYPES[shape.dtype]))
 
         def backward() -> Any:
             return flashdelta.chunk_gated_delta_rule_bwd(**common, do=d_o, h=saved.h, g_cumsum=saved.g_cumsum, A=saved.A)
 
         calls["backward"] = backward
-    results = []
-    for name in passes:
-        extra = _extra_bytes(calls[name], place)  # runs the call once: the timing below needs no warm-up of its own
-        seconds = timing.median_seconds(calls[name], place, repeats, warm=False)
-        results.append(Result(shape, name, seconds, extra, peak))
-        advance()
-    return results
+        owners = {"dq": "q", "dk": "k", "dv": "v", "dg": "g", "dbeta": "beta", "dA_log": "A_log", "d_dt_bias": "dt_bias"}
+        gradients = {name: np.empty_like(place.get(placed[owner])) for name, owner in owners.items()}
+        kept = {"saved_c": saved.g_cumsum, "saved_T": saved.A, "saved_states": saved.h}
+        outputs["backward"] = {**kept, "d_o": d_o, **gradients}
+    workspaces = _workspaces(common, outputs) if on_cpu else {}
+    seconds = timing.medians({name: calls[name] for name in passes}, place, repeats)
+    if on_cpu:  # the better of two: another program may have held a core during the first
+        peak = max(filter(None, (peak, _lib.cpu_peak_gflops(shape.instruction_set, shape.threads))), default=None)
+    advance()
+    return [Result(shape, name, seconds[name], workspaces.get(name), peak) for name in passes]

@@ -67,7 +67,7 @@ def bars(path: str, title: str, labels: Sequence[str], series: dict[str, Sequenc
     for i, (name, values) in enumerate(series.items()):
         drawn = axes.bar(at + (i - (len(series) - 1) / 2) * width, values, width, label=name)
         axes.bar_label(drawn, fmt="%.3g", fontsize=7)
-    axes.set_xticks(at, labels, rotation=20 if max(map(len, labels), default=0) > 10 else 0)
+    axes.set_xticks(at, labels)
     axes.set_ylabel(y_label)
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
