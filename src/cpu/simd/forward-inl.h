@@ -35,6 +35,14 @@ void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, 
     if (full && p.saved_states && chunk % p.checkpoint_chunks == 0) {
       StoreState(p.saved_states, op::saved_states_base(p, span.n) + chunk / p.checkpoint_chunks, h, p.K, p.V, state);
     }
+    Ahead ahead;
+    if (full) AskFor(p.o, at.b, at.t, at.rows, h, ahead);
+    if (chunk + 1 < span.last) {
+      const Place next = PlaceOf(p, span.n, chunk + 1);
+      AskFor(p.k, next.b, next.t, next.rows, hk, ahead);
+      if (full) AskFor(p.q, next.b, next.t, next.rows, hk, ahead);
+      if (pass != Pass::transition) AskFor(p.v, next.b, next.t, next.rows, h, ahead);
+    }
     LoadGates(p, at, h, gates);
     LoadNormed(p, p.k, at, hk, 1, s.k, nullptr);
     Transpose(m, padded(p.K), s.k, ldk, s.kT, kLdC);
@@ -56,15 +64,15 @@ void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, 
     } else {
       LoadTile(p.v, at.b, at.t, at.rows, m, h, 0, width, s.R, ld);
     }
-    Gemm(m, width, p.K, {s.kT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam});
-    Gemm(m, width, m, {s.T, kLdC, 1}, {s.R, ld}, {.data = s.U, .ld = ld}, Shape::left_lower);
+    Gemm(m, width, p.K, {s.kT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam}, Shape::full, &ahead);
+    Gemm(m, width, m, {s.T, kLdC, 1}, {s.R, ld}, {.data = s.U, .ld = ld}, Shape::left_lower, &ahead);
     if (full) {  // o takes R's tile
-      Gemm(m, width, p.K, {s.qT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .rows = gates.gam});
-      Gemm(m, width, m, {s.P, kLdC, 1}, {s.U, ld}, {.data = s.R, .ld = ld, .c0 = 1}, Shape::left_lower);
+      Gemm(m, width, p.K, {s.qT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .rows = gates.gam}, Shape::full, &ahead);
+      Gemm(m, width, m, {s.P, kLdC, 1}, {s.U, ld}, {.data = s.R, .ld = ld, .c0 = 1}, Shape::left_lower, &ahead);
       StoreTile(p.o, at.b, at.t, at.rows, h, 0, width, s.R, ld);
     }
     for (Index i = 0; i < m; ++i) ScaleRow(s.U + i * ld, gates.tail[i], padded(width));
-    Gemm(p.K, width, at.rows, {s.k, 1, ldk}, {s.U, ld}, {.data = state, .ld = ld, .c0 = gates.gl});
+    Gemm(p.K, width, at.rows, {s.k, 1, ldk}, {s.U, ld}, {.data = state, .ld = ld, .c0 = gates.gl}, Shape::full, &ahead);
   }
 }
 

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 HWY_BEFORE_NAMESPACE();
 namespace flashdelta::cpu {
@@ -57,6 +58,32 @@ enum class Shape : std::uint8_t {
   out_lower,   // only C(i, j) with j <= i is wanted (more may be written)
 };
 
+// Rows in main memory that later work reads or writes. Tokens of a head stand kilobytes apart, so the hardware foresees none of them;
+// a product asks for a few rows between its blocks, which hides their way into the second-level cache.
+class Ahead {
+ public:
+  void Add(const std::byte* first, Index rows, Index step, Index bytes) {
+    if (rows > 0 && count_ < kMost) runs_[count_++] = {first, rows, step, bytes};
+  }
+  void Step() {
+    for (int i = 0; i < 2 && at_ < count_; ++i) {
+      Run& run = runs_[at_];
+      for (Index b = 0; b < run.bytes; b += 64) __builtin_prefetch(run.row + b, 0, 2);
+      run.row += run.step;
+      if (--run.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  struct Run {
+    const std::byte* row;
+    Index rows, step, bytes;
+  };
+  static constexpr int kMost = 4;
+  Run runs_[kMost];
+  int count_ = 0, at_ = 0;
+};
+
 template <int MR, int NV>
 HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b, Index j, const Out& c) {
   const DF d;
@@ -94,13 +121,14 @@ HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b
 }
 
 template <int NV>
-HWY_INLINE void Panel(Index m, Index depth, const Left& a, const Right& b, Index j, const Out& c, Shape shape) {
+HWY_INLINE void Panel(Index m, Index depth, const Left& a, const Right& b, Index j, const Out& c, Shape shape, Ahead* ahead) {
   Index i = 0;
   const auto rows = [&](auto mr, Index at) HWY_ATTR {
     constexpr int MR = decltype(mr)::value;
     const Index p0 = shape == Shape::left_upper ? std::min(at, depth) : 0;
     const Index p1 = shape == Shape::left_lower ? std::min(at + MR, depth) : depth;
     Micro<MR, NV>(p0, p1, a, at, b, j, c);
+    if (ahead != nullptr) ahead->Step();
   };
   // Row blocks above the diagonal of this panel are not wanted.
   if (shape == Shape::out_lower) i = j / kMR * kMR;
@@ -117,10 +145,11 @@ HWY_INLINE void Panel(Index m, Index depth, const Left& a, const Right& b, Index
 }
 
 // C [m, n] = c0 C + alpha rows (A [m, depth] B [depth, n]). n is rounded up to whole vectors: tiles are padded for that.
-HWY_NOINLINE void Gemm(Index m, Index n, Index depth, const Left& a, const Right& b, const Out& c, Shape shape = Shape::full) {
+HWY_NOINLINE void Gemm(Index m, Index n, Index depth, const Left& a, const Right& b, const Out& c, Shape shape = Shape::full,
+                       Ahead* ahead = nullptr) {
   Index j = 0;
-  for (; j + kNV * kLanes <= n; j += kNV * kLanes) Panel<kNV>(m, depth, a, b, j, c, shape);
-  for (; j < n; j += kLanes) Panel<1>(m, depth, a, b, j, c, shape);
+  for (; j + kNV * kLanes <= n; j += kNV * kLanes) Panel<kNV>(m, depth, a, b, j, c, shape, ahead);
+  for (; j < n; j += kLanes) Panel<1>(m, depth, a, b, j, c, shape, ahead);
 }
 
 // Multiply-adds on registers only, dependent chains enough to fill both FMA units.

@@ -98,6 +98,11 @@ HWY_INLINE void LoadTile(const op::Tensor& x, Index b, Index t, Index rows, Inde
   for (Index i = rows; i < m; ++i) Fill(tile + i * ld, padded(width));
 }
 
+// Asks for the rows that LoadTile or StoreTile will touch.
+HWY_INLINE void AskFor(const op::Tensor& x, Index b, Index t, Index rows, Index h, Ahead& ahead) {
+  if (x && x.stride[3] == 1) ahead.Add(x.at(b, t, h), rows, x.stride[1] * op::size_of(x.dtype), x.shape[3] * op::size_of(x.dtype));
+}
+
 HWY_INLINE void StoreTile(const op::Tensor& x, Index b, Index t, Index rows, Index h, Index c0, Index width, const float* tile, Index ld) {
   for (Index i = 0; i < rows; ++i) StoreRow(x.dtype, x.at(b, t + i, h, c0), x.stride[3], width, tile + i * ld);
 }
