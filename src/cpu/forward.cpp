@@ -1,5 +1,6 @@
 // Schedules the forward pass: one item per (sequence, value head), or per segment of it.
 #include <cstring>
+#include <vector>
 
 #include "cpu/cpu.hpp"
 #include "cpu/scratch.hpp"
@@ -48,6 +49,7 @@ class Run {
     parallel_for(static_cast<std::int64_t>(items.size()), at_.threads,
                  [&](std::int64_t i, int thread) { full(items[static_cast<std::size_t>(i)], scratch(thread)); });
     for (const op::Tensor* x : {&p_.o, &p_.saved_c, &p_.saved_T}) clear_outside(p_, *x);
+    if (p_.saved_states) clear_unused_states();
   }
 
  private:
@@ -94,6 +96,20 @@ class Run {
         if (exact(x, j) != std::byte{0}) kernels_.apply_transition(p_.K, p_.V, transition(x, j), state(x, j), state(x, j + 1));
       }
     });
+  }
+
+  // Slots of saved_states between one sequence's last checkpoint and the next one's first.
+  void clear_unused_states() const {
+    const std::vector<float> zero(static_cast<std::size_t>(at_.state));
+    std::int64_t slot = 0;
+    for (std::int64_t n = 0; n <= p_.N; ++n) {
+      const bool end = n == p_.N;
+      const std::int64_t base = end ? op::saved_states_slots(p_) : op::saved_states_base(p_, n);
+      for (; slot < base; ++slot) {
+        for (std::int64_t h = 0; h < p_.HV; ++h) kernels_.store_state(p_.saved_states, slot, h, p_.K, p_.V, zero.data());
+      }
+      if (!end) slot = base + (chunks_of(p_, n) + p_.checkpoint_chunks - 1) / p_.checkpoint_chunks;
+    }
   }
 
   void full(const Item& x, float* scratch) const {

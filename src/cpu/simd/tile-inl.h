@@ -35,6 +35,13 @@ HWY_INLINE VF LoadBf16(const std::uint16_t* p) {
   return hn::BitCast(DF(), hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(DHalf(), p))));
 }
 
+// Without the processor's own conversions Highway's are not IEEE's at the ends of the range; then halves go one by one.
+#if HWY_TARGET <= HWY_AVX2 || HWY_ARCH_ARM_A64
+constexpr bool kNativeHalf = true;
+#else
+constexpr bool kNativeHalf = false;
+#endif
+
 HWY_INLINE VF LoadF16(const std::uint16_t* p) {
   const hn::Rebind<hwy::float16_t, DF> dh;
   return hn::PromoteTo(DF(), hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(p)));
@@ -57,7 +64,7 @@ HWY_INLINE void LoadRow(op::DType type, const std::byte* src, Index stride, Inde
     const auto* half = reinterpret_cast<const std::uint16_t*>(src);
     if (type == op::DType::bf16) {
       for (; i + kLanes <= n; i += kLanes) hn::StoreU(LoadBf16(half + i), d, out + i);
-    } else {
+    } else if (kNativeHalf) {
       for (; i + kLanes <= n; i += kLanes) hn::StoreU(LoadF16(half + i), d, out + i);
     }
   }
@@ -76,7 +83,7 @@ HWY_INLINE void StoreRow(op::DType type, std::byte* dst, Index stride, Index n, 
     auto* half = reinterpret_cast<std::uint16_t*>(dst);
     if (type == op::DType::bf16) {
       for (; i + kLanes <= n; i += kLanes) hn::StoreU(RoundToBf16(hn::LoadU(d, row + i)), DHalf(), half + i);
-    } else {
+    } else if (kNativeHalf) {
       for (; i + kLanes <= n; i += kLanes) StoreF16(hn::LoadU(d, row + i), half + i);
     }
   }
