@@ -3,7 +3,7 @@
 import flashdelta
 import numpy as np
 import pytest
-from flashdelta.cli import cases, contract, flops, plots, terms, text
+from flashdelta.cli import cases, chunk_terms, contract, flops, plots, terms, text
 from flashdelta.cli.dtypes import DTYPES
 from flashdelta.cli.errors import UsageError
 from flashdelta.cli.layer import Layer, concatenate
@@ -78,6 +78,18 @@ class TestContract:
         exact = np.full(100, 1e-8)
         assert contract.error("o", exact.astype(np.float16), exact, np.dtype(np.float16)).ok
 
+    def test_an_infinity_stands_for_what_fp16_cannot_hold_and_for_nothing_else(self):
+        exact = np.array([1e5, -1e5, 65504.0, 1.0])
+        fp16 = np.dtype(np.float16)
+        assert contract.error("dk", np.array([np.inf, -np.inf, 65504.0, 1.0], np.float16), exact, fp16).ok
+        for wrong in ([-np.inf, -np.inf, 65504.0, 1.0], [np.inf, -np.inf, 65504.0, np.inf], [5e4, -5e4, 65504.0, 1.0]):
+            assert not contract.error("dk", np.array(wrong, np.float16), exact, fp16).ok
+
+    def test_what_float32_loses_of_a_chunks_terms_is_allowed(self):
+        got = np.full(3, 1e-7, np.float32)
+        assert contract.error("dg", got, np.zeros(3), np.dtype(np.float32), chunk_terms=1.0).ok
+        assert not contract.error("dg", got, np.zeros(3), np.dtype(np.float32), chunk_terms=0.1).ok
+
 
 class TestCases:
     def test_a_seed_is_a_case(self):
@@ -113,16 +125,19 @@ class TestTerms:
         return {"o": o, "final_state": final_state} | {n: x for n, x in gradients._asdict().items() if x is not None}
 
     def test_are_about_as_large_as_what_they_sum_to(self):
-        ratios = {}
+        by_token, by_chunk = {}, {}
         for case in (case for case in map(cases.make, range(60)) if case.operation == "chunk"):
-            sizes = terms.norms(case)
+            norms = terms.norms(case)
             for name, x in self.reference(case).items():
                 size = np.linalg.norm(np.ravel(x))
                 if size > 1e-20:
-                    ratios.setdefault(name, []).append(sizes[name] / size)
+                    limit = contract.bound(name, case.tensors["q"].dtype, case.tensors["q"].dtype)
+                    by_token.setdefault(name, []).append(norms.by_token[name] / size)
+                    by_chunk.setdefault(name, []).append(chunk_terms.ROUNDING / limit * norms.by_chunk[name] / size)
         # Otherwise the rule for cancelling terms would loosen the contract for outputs that do not cancel.
-        for name, values in ratios.items():
-            assert 0.3 < np.median(values) < 4.0, name
+        for name in by_token:
+            assert 0.3 < np.median(by_token[name]) < 4.0, name
+            assert np.median(by_chunk[name]) < 0.1, name
 
 
 class TestNumbers:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
+from flashdelta.cli.chunk_terms import ROUNDING
 from flashdelta.cli.dtypes import NAMES
 
 # Relative error allowed per output, by dtype.
@@ -45,12 +47,19 @@ def bound(name: str, input_dtype: np.dtype, output_dtype: np.dtype) -> float:
     return max(BOUNDS[NAMES[np.dtype(d)]][name] for d in (input_dtype, output_dtype))
 
 
-def error(name: str, got: np.ndarray, exact: np.ndarray, input_dtype: np.dtype, terms: float = 0.0) -> Error:
+def _within_range(values: np.ndarray, exact: np.ndarray, dtype: np.dtype, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """Both as `dtype` can tell them apart: what it cannot hold is its largest number, and so is the infinity that stands for it."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    overflown = np.isinf(values) & np.isfinite(exact) & (np.sign(values) == np.sign(exact)) & (np.abs(exact) >= (1.0 - limit) * largest)
+    return np.where(overflown, np.sign(exact) * largest, values), np.clip(exact, -largest, largest)
+
+
+def error(name: str, got: np.ndarray, exact: np.ndarray, input_dtype: np.dtype, terms: float = 0.0, chunk_terms: float = 0.0) -> Error:
     """Relative error of one output over the whole tensor.
 
-    ||got - exact|| / max(||exact||, terms), where `terms` is the 2-norm of the terms that the output sums: it takes over only where
-    they cancel, so that an exact result of (nearly) zero does not ask for infinite precision. What the output's dtype cannot resolve
-    near zero is taken off the difference first.
+    ||got - exact|| / max(||exact||, terms, ROUNDING / bound * chunk_terms): the latter two, the 2-norms of what the output sums token by
+    token and by chunks, take over only where it cancels, so that an exact result of (nearly) zero does not ask for infinite precision.
+    What the output's dtype cannot resolve near zero is taken off the difference first.
 
     Args:
         got: what the library gave, in its own dtype.
@@ -60,12 +69,12 @@ def error(name: str, got: np.ndarray, exact: np.ndarray, input_dtype: np.dtype, 
     limit = bound(name, input_dtype, got.dtype)
     if got.shape != exact.shape:
         return Error(name, float("inf"), limit)
-    values = np.asarray(got, np.float64)
+    values, exact = _within_range(np.asarray(got, np.float64), exact, got.dtype, limit)
     if not np.all(np.isfinite(values)):
         return Error(name, float("nan"), limit)
     difference = float(np.linalg.norm(np.ravel(values - exact)))
     difference -= _ABSOLUTE[NAMES[got.dtype]] * np.sqrt(exact.size)
     if difference <= 0.0:
         return Error(name, 0.0, limit)
-    size = max(float(np.linalg.norm(np.ravel(exact))), terms)
+    size = max(float(np.linalg.norm(np.ravel(exact))), terms, ROUNDING / limit * chunk_terms)
     return Error(name, difference / size if size > 0.0 else float("inf"), limit)

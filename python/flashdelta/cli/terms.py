@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from flashdelta.cli import chunk_terms
 from flashdelta.cli.cases import Case
+from flashdelta.cli.chunk_terms import CHUNK, Chunk, Sizes
 
-CHUNK = 64
-# dg is <exp(g) S, dS> by its definition, but chunked code adds up parts that cancel within a chunk. Their rounding in float32 may show:
-# this share of the parts' size counts, about what the 64 tokens of a chunk would lift dg itself to if nothing cancelled.
-CHUNKED_GATE_SHARE = 1 / 64
 _L2_EPS = 1e-6
+# What context_parallel="auto" may leave out of a state unless told otherwise, relative to what the state was.
+_LEFT_OUT = 1e-6
 
 
 @dataclass
@@ -119,11 +119,11 @@ class _Sequence:
         names = ("dq", "dk", "dv", "dg", "dbeta")
         squares = {name: np.zeros((self.length, self.q.shape[1])) for name in names}
         ds, dh0 = dht, float(np.sum(dht**2))
-        chunk_end = 0.0
+        self.adjoints = []  # behind each chunk, last first
         for t in reversed(range(self.length)):
             q, k, p, s, beta = self.q[t], self.k[t], self.decayed[t], self.states[t + 1], self.beta[t][:, None]
             if t == self.length - 1 or (t + 1) % CHUNK == 0:
-                chunk_end = np.sum((s * ds) ** 2, axis=(1, 2))
+                self.adjoints.append(ds)
             ds = ds + self.scale * _outer(q, do[t])
             du = _rows(k, ds)
             dr = beta * du
@@ -133,14 +133,20 @@ class _Sequence:
             squares["dk"][t] = np.sum(_columns(ds**2, u**2) + _columns(p**2, dr**2), axis=1)
             squares["dv"][t] = np.sum(beta**2 * du_terms, axis=1)
             squares["dbeta"][t] = np.sum(du_terms * (self.v[t] ** 2 + _rows(k**2, p**2)), axis=1)
-            roles = (q * _columns(s, self.scale * do[t]), k * _columns(p, dr), k * _columns(ds, u))
-            chunked = chunk_end + sum(np.sum(role**2, axis=1) for role in roles)
-            direct = np.sum(p**2 * (ds**2 + _outer(k**2, dr**2)), axis=(1, 2))
-            squares["dg"][t] = direct + CHUNKED_GATE_SHARE**2 * chunked
+            squares["dg"][t] = np.sum(p**2 * (ds**2 + _outer(k**2, dr**2)), axis=(1, 2))
             decay = np.exp(self.g[t])[:, None, None]
             dh0 = float(np.sum(decay**2 * (ds**2 + _outer(k**2, dr**2))))
             ds = decay * (ds - _outer(k, dr))
+        self.adjoints.append(ds)
         return squares, dh0
+
+    def chunk_sizes(self, do: np.ndarray, left_out: float) -> Sizes:
+        """After backward_terms with the same `do`: what the chunked algebra sums."""
+        spans = [slice(begin, begin + CHUNK) for begin in range(0, self.length, CHUNK)]
+        per_head = (self.q, self.k, self.v, self.g, self.beta)
+        chunks = [Chunk(*(x[span].swapaxes(0, 1) for x in per_head), self.scale) for span in spans]
+        states = [self.states[span.start] for span in spans] + self.states[-1:]
+        return chunk_terms.sizes(chunks, states, self.adjoints[::-1], do, left_out)
 
 
 def _spans(case: Case) -> list[tuple[int, slice]]:
@@ -151,43 +157,67 @@ def _spans(case: Case) -> list[tuple[int, slice]]:
     return [(0, slice(int(a), int(b))) for a, b in itertools.pairwise(cu_seqlens)]
 
 
+@dataclass
+class Norms:
+    """2-norms of what every output of a case sums: token by token, and by chunks (none for a recurrent call)."""
+
+    by_token: dict[str, float]
+    by_chunk: dict[str, float]
+
+
+class _Total:
+    """Sums of squares over sequences, taken through the flags to the gradients of the inputs given."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.whole = dict.fromkeys(("o", "final_state", "dh0"), 0.0)
+        self.per_token = {name: np.zeros(shape) for name in ("dq", "dk", "dv", "dg", "dbeta")}
+
+    def add(self, row: int, tokens: slice, per_token: dict[str, np.ndarray], **whole: float) -> None:
+        for name, value in whole.items():
+            self.whole[name] += value
+        for name, values in per_token.items():
+            self.per_token[name][row, tokens] = values
+
+    def norms(self, f: _Folded, covered: np.ndarray) -> dict[str, float]:
+        inside = covered[None, :, None]
+
+        def through(name: str, factor: Any) -> float:
+            return float(np.sum(np.where(inside, self.per_token[name] * factor**2, 0.0)))
+
+        squares = self.whole | {
+            "dq": through("dq", f.dq[..., 0]),
+            "dk": through("dk", f.dk[..., 0]),
+            "dv": through("dv", np.ones(())),
+            "dg": through("dg", f.dg),
+            "dbeta": through("dbeta", f.dbeta),
+            "dA_log": through("dg", f.dA_log),
+            "ddt_bias": through("dg", f.dg),
+        }
+        return {name: float(np.sqrt(value)) for name, value in squares.items()}
+
+
 # Tokens of no sequence hold NaN, which NumPy would warn of; they are left out of every sum.
 @np.errstate(all="ignore")
-def norms(case: Case) -> dict[str, float]:
+def norms(case: Case) -> Norms:
     """The 2-norm of the terms of every output of `case`."""
     f = _fold(case)
-    batch, length, heads, _ = f.v.shape
+    heads = f.v.shape[2]
+    left_out = _LEFT_OUT if case.execution.get("context_parallel") == "auto" else 0.0
+    by_token, by_chunk = _Total(f.v.shape[:3]), _Total(f.v.shape[:3])
 
     def state(x: Any, n: int) -> np.ndarray:
         if x is None:
             return np.zeros((heads, f.q.shape[-1], f.v.shape[-1]))
         return _wide(x[n]).swapaxes(1, 2) if case.flags["state_v_first"] else _wide(x[n])
 
-    total = dict.fromkeys(("o", "final_state", "dh0"), 0.0)
-    squares = {name: np.zeros((batch, length, heads)) for name in ("dq", "dk", "dv", "dg", "dbeta")}
     for n, (row, tokens) in enumerate(_spans(case)):
         sequence = _Sequence(f, row, tokens, state(case.tensors["initial_state"], n))
         o, final_state = sequence.forward_terms()
-        total["o"] += o
-        total["final_state"] += final_state
+        by_token.add(row, tokens, {}, o=o, final_state=final_state)
         if case.operation == "chunk":
             do = np.zeros_like(f.v[row, tokens]) if case.do is None else _wide(case.do[row, tokens])
             per_token, dh0 = sequence.backward_terms(do, state(case.dht, n))
-            total["dh0"] += dh0
-            for name, values in per_token.items():
-                squares[name][row, tokens] = values
-    inside = case.covered[None, :, None]
-
-    def through(name: str, factor: np.ndarray) -> float:
-        return float(np.sum(np.where(inside, squares[name] * factor**2, 0.0)))
-
-    total.update(
-        dq=through("dq", f.dq[..., 0]),
-        dk=through("dk", f.dk[..., 0]),
-        dv=through("dv", np.ones(())),
-        dg=through("dg", f.dg),
-        dbeta=through("dbeta", f.dbeta),
-        dA_log=through("dg", f.dA_log),
-        ddt_bias=through("dg", f.dg),
-    )
-    return {name: float(np.sqrt(value)) for name, value in total.items()}
+            by_token.add(row, tokens, per_token, dh0=dh0)
+            sums = sequence.chunk_sizes(do, left_out)
+            by_chunk.add(row, tokens, sums.per_token, o=sums.o, final_state=sums.final_state, dh0=sums.dh0)
+    return Norms(by_token.norms(f, case.covered), by_chunk.norms(f, case.covered))

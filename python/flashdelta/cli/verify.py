@@ -114,12 +114,12 @@ def run(case: Case, place: device.Cpu | device.Cuda, instruction_set: str) -> Ou
         return outcome
     outcome.faults.extend(_padding_faults(case, got))
     dtype = case.tensors["q"].dtype
-    term_norms: dict[str, float] | None = None
+    norms: terms.Norms | None = None
     for name in got:
         error = contract.error(name, got[name], exact[name], dtype)
         if not error.ok and not np.isnan(error.value):
-            term_norms = terms.norms(case) if term_norms is None else term_norms
-            error = contract.error(name, got[name], exact[name], dtype, term_norms[name])
+            norms = terms.norms(case) if norms is None else norms
+            error = contract.error(name, got[name], exact[name], dtype, norms.by_token[name], norms.by_chunk[name])
             outcome.by_terms.append(name)
         outcome.errors.append(error)
     return outcome
