@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "cpu/scratch.hpp"
+#include "cpu/simd/targets.hpp"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/kernels.cpp"

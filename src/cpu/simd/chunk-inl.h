@@ -161,13 +161,13 @@ HWY_NOINLINE void Inverse(const float* L, Index m, double* wide, float* T) {
     Fill(row, kC);
     for (Index x0 = 0; x0 < i; x0 += kSums * kWide) {
       hn::Vec<decltype(dd)> sum[kSums];
-      HWY_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::Zero(dd);
+      FLASHDELTA_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::Zero(dd);
       for (Index j = x0; j < i; ++j) {
         const auto l = hn::Set(dd, static_cast<double>(L[i * kLdC + j]));
         const double* t = wide + j * kC + x0;
-        HWY_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::NegMulAdd(l, hn::LoadU(dd, t + u * kWide), sum[u]);
+        FLASHDELTA_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::NegMulAdd(l, hn::LoadU(dd, t + u * kWide), sum[u]);
       }
-      HWY_UNROLL(8) for (int u = 0; u < kSums; ++u) {
+      FLASHDELTA_UNROLL(8) for (int u = 0; u < kSums; ++u) {
         hn::StoreU(sum[u], dd, wide_row + x0 + u * kWide);
         hn::StoreU(hn::DemoteTo(df, sum[u]), df, row + x0 + u * kWide);
       }

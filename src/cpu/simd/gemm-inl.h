@@ -88,16 +88,16 @@ template <int MR, int NV>
 HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b, Index j, const Out& c) {
   const DF d;
   VF acc[MR][NV];
-  HWY_UNROLL(8) for (int r = 0; r < MR; ++r) { HWY_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::Zero(d); }
+  FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r) { FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::Zero(d); }
   const float* HWY_RESTRICT ap = a.data + i * a.row + p0 * a.depth;
   const float* HWY_RESTRICT bp = b.data + p0 * b.ld + j;
   const Index row = a.row, depth = a.depth, ld = b.ld;
   for (Index p = p0; p < p1; ++p, ap += depth, bp += ld) {
     VF bv[NV];
-    HWY_UNROLL(2) for (int v = 0; v < NV; ++v) bv[v] = hn::LoadU(d, bp + v * kLanes);
-    HWY_UNROLL(8) for (int r = 0; r < MR; ++r) {
+    FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) bv[v] = hn::LoadU(d, bp + v * kLanes);
+    FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r) {
       const VF av = hn::Set(d, ap[r * row]);
-      HWY_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::MulAdd(av, bv[v], acc[r][v]);
+      FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::MulAdd(av, bv[v], acc[r][v]);
     }
   }
   float* HWY_RESTRICT out = c.data + i * c.ld + j;
@@ -106,16 +106,16 @@ HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b
   const float sign = c.rows == nullptr ? 1 : c.alpha;
   if (c.c0 != 0) {
     const VF c0 = hn::Set(d, c.c0);
-    HWY_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
+    FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
       const VF factor = hn::Set(d, sign * factors[r * step]);
-      HWY_UNROLL(2) for (int v = 0; v < NV; ++v) {
+      FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) {
         hn::StoreU(hn::MulAdd(acc[r][v], factor, hn::Mul(c0, hn::LoadU(d, out + v * kLanes))), d, out + v * kLanes);
       }
     }
   } else {
-    HWY_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
+    FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
       const VF factor = hn::Set(d, sign * factors[r * step]);
-      HWY_UNROLL(2) for (int v = 0; v < NV; ++v) hn::StoreU(hn::Mul(acc[r][v], factor), d, out + v * kLanes);
+      FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) hn::StoreU(hn::Mul(acc[r][v], factor), d, out + v * kLanes);
     }
   }
 }
@@ -159,7 +159,7 @@ HWY_NOINLINE float SpinMacs(std::int64_t rounds, float seed) {
   for (int i = 0; i < 12; ++i) acc[i] = hn::Set(d, seed + static_cast<float>(i));
   const VF x = hn::Set(d, 0.999F), y = hn::Set(d, 1e-3F);
   for (std::int64_t r = 0; r < rounds; ++r) {
-    HWY_UNROLL(12) for (int i = 0; i < 12; ++i) acc[i] = hn::MulAdd(acc[i], x, y);
+    FLASHDELTA_UNROLL(12) for (int i = 0; i < 12; ++i) acc[i] = hn::MulAdd(acc[i], x, y);
   }
   VF sum = acc[0];
   for (int i = 1; i < 12; ++i) sum = hn::Add(sum, acc[i]);

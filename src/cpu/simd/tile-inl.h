@@ -25,7 +25,8 @@ HWY_INLINE hn::Vec<DHalf> RoundToBf16(VF x) {
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
   const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff)));
   const auto quiet = hn::Or(bits, hn::Set(du, 0x400000));
-  const auto nan = hn::RebindMask(du, hn::IsNaN(x));
+  const auto magnitude = hn::BitCast(DI(), hn::And(bits, hn::Set(du, 0x7fffffff)));
+  const auto nan = hn::RebindMask(du, hn::Gt(magnitude, hn::Set(DI(), 0x7f800000)));
   const auto high = hn::ShiftRight<16>(hn::IfThenElse(nan, quiet, rounded));
   return hn::DemoteTo(DHalf(), hn::BitCast(DI(), high));
 }
