@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
 import flashdelta
 from flashdelta.cli import contract, device, errors, options, oracle, plots, text, timing, ui
 from flashdelta.cli.layer import Layer, LayerInputs, concatenate
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 

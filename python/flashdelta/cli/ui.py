@@ -1,17 +1,21 @@
-"""Console output: tables and results on stdout, progress and errors on stderr."""
+"""Console output: tables and results on stdout, progress and errors on stderr. rich is loaded when there is something to draw."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def stdout() -> Console:
     """A console on stdout; colour only on a terminal, no line wrapping when piped (a pipe has no width)."""
+    from rich.console import Console
+
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, markup=False, width=160)
@@ -19,6 +23,8 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wrap=True)
 
 
@@ -28,16 +34,13 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
 
     Yields `advance(steps=1, description=None)`.
     """
-    console = stderr()
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    if not sys.stderr.isatty():
+        yield lambda steps=1, description=None: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True) as bar:
         task = bar.add_task(description, total=total)
 
         def advance(steps: float = 1, description: str | None = None) -> None:
@@ -50,6 +53,8 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
 
 def table(title: str, *columns: str, numbers: int = 0) -> Table:
     """A table whose last `numbers` columns are right-aligned."""
+    from rich.table import Table
+
     made = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i >= len(columns) - numbers else "left")

@@ -8,15 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
 import flashdelta
 from flashdelta.cli import cases, contract, device, errors, options, terms, ui
 from flashdelta.cli.cases import Case
 from flashdelta.cli.oracle import widen
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _DESCRIPTION = """Runs random calls, biased towards edges (lengths 0, 1, 63, 64, 65, odd widths, grouped heads, packed sequences with
 gaps, strided inputs, gates of 0 and -inf, beta of 0, 1 and 2, zero and repeated keys, forced segments), forward, backward and token by
