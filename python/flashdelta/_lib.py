@@ -105,6 +105,8 @@ def library() -> ctypes.CDLL:
     lib.flashdelta_version.restype = ctypes.c_char_p
     lib.flashdelta_ffi_cpu_peak_gflops.argtypes = [ctypes.c_int32, ctypes.c_int32]
     lib.flashdelta_ffi_cpu_peak_gflops.restype = ctypes.c_double
+    lib.flashdelta_ffi_cpu_separate_passes.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
+    lib.flashdelta_ffi_cpu_separate_passes.restype = ctypes.c_double
     return lib
 
 
@@ -211,3 +213,24 @@ def cpu_peak_gflops(instruction_set: str, threads: int) -> float | None:
 
     peak = library().flashdelta_ffi_cpu_peak_gflops(INSTRUCTION_SET[instruction_set], threads)
     return peak if peak > 0 else None
+
+
+@functools.cache
+def cpu_separate_passes(instruction_set: str, threads: int, key_width: int, value_width: int) -> float | None:
+    """Measures the token loop with ggml's schedule: one pass over the state for each of decay, read, update and output; takes 0.2 s.
+
+    Benchmarks compare with it besides the library's own token-by-token path, which makes one pass of the four.
+
+    Args:
+        instruction_set: "best", "baseline", "avx2" or "avx512".
+        threads: each runs a head of its own; 0 stands for all that calls may use.
+        key_width: K, channels of a key.
+        value_width: V, channels of a value.
+
+    Returns:
+        Seconds per token and head, all threads together; None where it cannot run here.
+    """
+    from flashdelta._options import INSTRUCTION_SET
+
+    rate = library().flashdelta_ffi_cpu_separate_passes(INSTRUCTION_SET[instruction_set], threads, key_width, value_width)
+    return 1 / rate if rate > 0 else None

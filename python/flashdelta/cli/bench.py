@@ -93,6 +93,10 @@ def _ratios(results: list[Result]) -> dict[str, float]:
     ratios = {}
     if {"forward", "recurrent"} <= seconds.keys():
         ratios["chunked_over_token_by_token"] = seconds["recurrent"] / seconds["forward"]
+        shape = results[0].shape
+        separate = _lib.cpu_separate_passes(shape.instruction_set, shape.threads, shape.heads.key_width, shape.heads.value_width)
+        if separate is not None and results[0].workspace_bytes is not None:  # CPU only
+            ratios["chunked_over_separate_passes"] = separate * shape.token_heads / seconds["forward"]
     if {"forward", "backward"} <= seconds.keys():
         ratios["backward_over_forward"] = seconds["backward"] / seconds["forward"]
     return ratios
@@ -100,7 +104,9 @@ def _ratios(results: list[Result]) -> dict[str, float]:
 
 def _ratio_text(result: Result, ratios: dict[str, float]) -> str:
     if result.operation == "forward" and "chunked_over_token_by_token" in ratios:
-        return f"{ratios['chunked_over_token_by_token']:.2f}x as fast as token by token"
+        text = f"{ratios['chunked_over_token_by_token']:.2f}x as fast as token by token"
+        separate = ratios.get("chunked_over_separate_passes")
+        return text if separate is None else f"{text}, {separate:.2f}x as ggml's schedule"
     if result.operation == "backward" and "backward_over_forward" in ratios:
         return f"{ratios['backward_over_forward']:.2f}x the forward's time"
     return ""

@@ -77,15 +77,22 @@ class Chunk:
         dX = self.adjoint_updates(do, D)
         dL, dP = np.tril(dX @ _t(U), -1), np.tril(do @ _t(U))
         E, N = self.scale * dP * self.G, self.beta * dL * self.G
-        dq = self.scale * self.gam * (do @ _t(S)) + E @ self.k
-        dk = self.gam * self.beta * (dX @ _t(S)) + N @ self.k + _t(E) @ self.q + _t(N) @ self.k + self.tail * (U @ _t(D))
-        dc = np.sum(self.q * dq + self.k * dk, axis=-1)
-        dc[:, -1] += np.sum(self.state(S, U) * D, axis=(1, 2))
+        q_reads, k_reads = self.scale * self.gam * (do @ _t(S)), self.gam * self.beta * (dX @ _t(S))
+        k_writes = self.tail * (U @ _t(D))
+        dq = q_reads + E @ self.k
+        dk = k_reads + k_writes + N @ self.k + _t(E) @ self.q + _t(N) @ self.k
+        # dg[i]: reads of the state from i on, writes before i, the state carried through, and the pairs of tokens that i lies between.
+        reads, writes = np.sum(self.q * q_reads + self.k * k_reads, axis=-1), np.sum(self.k * k_writes, axis=-1)
+        pairs = dP * self.P + dL * self.beta * self.kk
+        across = np.cumsum(np.cumsum(pairs[:, ::-1], axis=1)[:, ::-1], axis=2)  # [i, j]: rows from i on, columns up to j
+        crossing = np.concatenate([np.zeros_like(reads[:, :1]), np.diagonal(across, -1, 1, 2)], axis=1)
+        carried = self.decay[:, 0] * np.sum(S * D, axis=(1, 2))[:, None]
+        dg = np.cumsum(reads[:, ::-1], axis=1)[:, ::-1] + np.cumsum(writes, axis=1) - writes + carried + crossing
         return {
             "dq": np.sum(dq, axis=-1),
             "dk": np.sum(dk, axis=-1),
             "dv": np.sum(self.beta * dX, axis=-1),
-            "dg": np.cumsum(dc[:, ::-1], axis=1)[:, ::-1],
+            "dg": dg,
             "dbeta": np.sum(dX * R, axis=-1) + np.sum(dL * self.kk, axis=-1),
         }
 

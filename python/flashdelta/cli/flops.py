@@ -20,12 +20,12 @@ def forward_per_token(key_width: int, value_width: int) -> float:
 
 
 def backward_per_token(key_width: int, value_width: int) -> float:
-    """The adjoint's products, and the forward's that it makes again (k S, Kh^T U, T X, q k^T, k k^T).
+    """The adjoint's products, and the forward's that it makes again (k S, T X, q k^T, k k^T); every chunk's state is saved.
 
-    Six in full: Kh dS', q^T do, k^T dX, do S^T, dX S^T, U dS'^T. By halves: P^T do, T^T dX, dX U^T, do U^T, and E k, N k, E^T q, N^T k.
+    Six in full: Kh dS', q^T do, k^T dX, do S^T, dX S^T, U dS'^T. By halves: P^T do, T^T dU, dX U^T, do U^T, and E k, N k, E^T q, N^T k.
     """
     full = 2.0 * CHUNK * key_width * value_width
-    return (8 * full + 5 * _triangular(value_width) + 6 * _triangular(key_width)) / CHUNK
+    return (7 * full + 5 * _triangular(value_width) + 6 * _triangular(key_width)) / CHUNK
 
 
 def recurrent_per_token(key_width: int, value_width: int) -> float:
