@@ -20,7 +20,20 @@ from pathlib import Path
 import flashdelta
 from flashdelta.cli import main
 
-COLUMNS = ("", "dtype", "instruction set", "threads", "prefill", "token by token", "ratio", "GFLOP/s", "of peak", "backward", "to prefill")
+COLUMNS = (
+    "",
+    "dtype",
+    "instruction set",
+    "threads",
+    "prefill",
+    "token by token",
+    "ratio",
+    "to ggml's schedule",
+    "GFLOP/s",
+    "of peak",
+    "backward",
+    "to prefill",
+)
 
 
 def markdown(report: dict) -> str:
@@ -38,6 +51,7 @@ def markdown(report: dict) -> str:
                 f"{forward['us_per_token_head']:.2f} us",
                 f"{passes['recurrent']['us_per_token_head']:.2f} us",
                 f"{shape['chunked_over_token_by_token']:.2f}x",
+                f"{shape['chunked_over_separate_passes']:.2f}x",
                 f"{forward['gflops']:.0f}",
                 "-" if forward["share_of_peak"] is None else f"{100 * forward['share_of_peak']:.0f} % of {forward['peak_gflops']:.0f}",
                 f"{passes['backward']['us_per_token_head']:.2f} us",

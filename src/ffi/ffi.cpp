@@ -167,4 +167,16 @@ TVM_FFI_DLL_EXPORT double flashdelta_ffi_cpu_peak_gflops(std::int32_t instructio
   }
 }
 
+// cpu::separate_passes_tokens_per_second, likewise.
+TVM_FFI_DLL_EXPORT double flashdelta_ffi_cpu_separate_passes(std::int32_t instruction_set, std::int32_t threads, std::int64_t key_width,
+                                                             std::int64_t value_width) {
+  if (instruction_set < FLASHDELTA_INSTRUCTION_SET_BEST || instruction_set > FLASHDELTA_INSTRUCTION_SET_AVX512) return 0;
+  try {
+    return flashdelta::cpu::separate_passes_tokens_per_second(static_cast<flashdelta_instruction_set>(instruction_set), threads, key_width,
+                                                              value_width);
+  } catch (...) {
+    return -1;
+  }
+}
+
 }  // extern "C"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import flashdelta
+from flashdelta import _lib
 from flashdelta.cli import device, errors, measure, options, plots, ui
 from flashdelta.cli.dtypes import DTYPES
 from flashdelta.cli.measure import PASSES, Result, Shape
