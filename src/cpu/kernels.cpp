@@ -61,7 +61,9 @@ bool has_avx512() {
 }  // namespace
 
 const Kernels* find_kernels(flashdelta_instruction_set set) {
-  [[maybe_unused]] const auto wanted = [set](flashdelta_instruction_set one) { return set == one || set == FLASHDELTA_INSTRUCTION_SET_BEST; };
+  [[maybe_unused]] const auto wanted = [set](flashdelta_instruction_set one) {
+    return set == one || set == FLASHDELTA_INSTRUCTION_SET_BEST;
+  };
 #if HWY_TARGETS & HWY_AVX3
   if (wanted(FLASHDELTA_INSTRUCTION_SET_AVX512) && has_avx2() && has_avx512()) return &N_AVX3::kKernels;
 #endif
