@@ -8,6 +8,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -42,9 +45,14 @@ class FlushSubnormals {
   FlushSubnormals& operator=(const FlushSubnormals&) = delete;
 };
 
-// Threads that `p` may use.
+// Threads that `p` may use: those asked for, or all that the process may run on.
 inline int allowed_threads(const op::Problem& p) {
-  return p.num_threads > 0 ? p.num_threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  if (p.num_threads > 0) return p.num_threads;
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 // Threads worth starting for that many multiply-adds.
