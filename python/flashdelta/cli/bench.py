@@ -105,11 +105,11 @@ def _ratios(results: list[Result]) -> dict[str, float]:
 
 def _ratio_text(result: Result, ratios: dict[str, float]) -> str:
     if result.operation == "forward" and "chunked_over_token_by_token" in ratios:
-        text = f"{ratios['chunked_over_token_by_token']:.2f}x as fast as token by token"
+        text = f"{ratios['chunked_over_token_by_token']:.2f}x token by token"
         separate = ratios.get("chunked_over_separate_passes")
-        return text if separate is None else f"{text}, {separate:.2f}x as ggml's schedule"
+        return text if separate is None else f"{text}, {separate:.2f}x ggml's schedule"
     if result.operation == "backward" and "backward_over_forward" in ratios:
-        return f"{ratios['backward_over_forward']:.2f}x the forward's time"
+        return f"{ratios['backward_over_forward']:.2f}x forward's time"
     return ""
 
 
