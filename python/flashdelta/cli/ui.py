@@ -18,7 +18,7 @@ def stdout() -> Console:
 
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, markup=False, width=160)
+        console = Console(highlight=False, emoji=False, markup=False, width=200)
     return console
 
 
