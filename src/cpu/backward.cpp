@@ -15,25 +15,17 @@ double macs(const op::Problem& p) {
   return tokens * static_cast<double>(p.HV) * (7 * k * v + kChunk * 2.5 * (k + v));
 }
 
-struct Layout {
-  int threads;
-  std::vector<Cut> cuts;
-  std::int64_t ratio, scratch, state, transition, boundaries, segments;
-  std::int64_t states_at, transitions_at, sums_at, flags_at;
+struct Layout : SegmentLayout {
+  std::int64_t ratio;
+  std::int64_t sums_at, flags_at;  // in bytes
   std::size_t bytes;
 
-  explicit Layout(const op::Problem& p) : threads(useful_threads(p, macs(p))), cuts(cut_sequences(p, threads)), ratio(p.HV / p.H) {
-    state = state_floats(p.K, p.V);
-    transition = state_floats(p.K, p.K);
-    scratch = backward_scratch(p) + ratio * state;
-    boundaries = boundary_count(p, cuts);
-    segments = boundaries + p.N * p.HV;
-    states_at = threads * scratch * 4;
-    transitions_at = states_at + boundaries * state * 4;
-    sums_at = transitions_at + boundaries * transition * 4;
-    flags_at = sums_at + (p.gate_in_kernel ? segments * 2 * 8 : 0);
-    bytes = static_cast<std::size_t>(flags_at + boundaries);
-  }
+  explicit Layout(const op::Problem& p)
+      : SegmentLayout(p, useful_threads(p, macs(p)), backward_scratch(p) + p.HV / p.H * state_floats(p.K, p.V)),
+        ratio(p.HV / p.H),
+        sums_at(end),
+        flags_at(sums_at + (p.gate_in_kernel ? (boundaries + p.N * p.HV) * 2 * 8 : 0)),
+        bytes(static_cast<std::size_t>(flags_at + boundaries)) {}
 };
 
 class Run {

@@ -16,23 +16,14 @@ double macs(const op::Problem& p) {
   return tokens * static_cast<double>(p.HV) * (3 * k * v + kChunk * (k + v));
 }
 
-struct Layout {
-  int threads;
-  std::vector<Cut> cuts;
-  std::int64_t scratch, state, transition, boundaries;  // floats each, and their number
-  std::int64_t states_at, transitions_at, flags_at;     // in bytes
+struct Layout : SegmentLayout {
+  std::int64_t flags_at;  // in bytes
   std::size_t bytes;
 
-  explicit Layout(const op::Problem& p) : threads(useful_threads(p, macs(p))), cuts(cut_sequences(p, threads)) {
-    state = state_floats(p.K, p.V);
-    transition = state_floats(p.K, p.K);
-    scratch = forward_scratch(p) + state;
-    boundaries = boundary_count(p, cuts);
-    states_at = threads * scratch * 4;
-    transitions_at = states_at + boundaries * state * 4;
-    flags_at = transitions_at + boundaries * transition * 4;
-    bytes = static_cast<std::size_t>(flags_at + boundaries);
-  }
+  explicit Layout(const op::Problem& p)
+      : SegmentLayout(p, useful_threads(p, macs(p)), forward_scratch(p) + state_floats(p.K, p.V)),
+        flags_at(end),
+        bytes(static_cast<std::size_t>(flags_at + boundaries)) {}
 };
 
 class Run {

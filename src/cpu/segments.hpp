@@ -22,6 +22,25 @@ std::vector<Cut> cut_sequences(const op::Problem& p, int threads);
 // Boundaries (count - 1, times HV) over all cuts.
 std::int64_t boundary_count(const op::Problem& p, const std::vector<Cut>& cuts);
 
+// How a call with segments lays out its workspace: each thread's scratch, then the boundaries' states and transitions.
+struct SegmentLayout {
+  int threads;
+  std::vector<Cut> cuts;
+  std::int64_t scratch, state, transition, boundaries;  // floats each, and their number
+  std::int64_t states_at, transitions_at, end;          // in bytes
+
+  SegmentLayout(const op::Problem& p, int thread_count, std::int64_t scratch_floats)
+      : threads(thread_count),
+        cuts(cut_sequences(p, threads)),
+        scratch(scratch_floats),
+        state(state_floats(p.K, p.V)),
+        transition(state_floats(p.K, p.K)),
+        boundaries(boundary_count(p, cuts)),
+        states_at(threads * scratch * 4),
+        transitions_at(states_at + boundaries * state * 4),
+        end(transitions_at + boundaries * transition * 4) {}
+};
+
 // Segment j of a cut.
 Span segment(const op::Problem& p, const Cut& cut, std::int64_t j);
 

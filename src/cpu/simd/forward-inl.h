@@ -64,7 +64,8 @@ void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, 
     } else {
       LoadTile(p.v, at.b, at.t, at.rows, m, h, 0, width, s.R, ld);
     }
-    Gemm(m, width, p.K, {s.kT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam}, Shape::full, &ahead);
+    Gemm(m, width, p.K, {s.kT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam}, Shape::full,
+         &ahead);
     Gemm(m, width, m, {s.T, kLdC, 1}, {s.R, ld}, {.data = s.U, .ld = ld}, Shape::left_lower, &ahead);
     if (full) {  // o takes R's tile
       Gemm(m, width, p.K, {s.qT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .rows = gates.gam}, Shape::full, &ahead);

@@ -2,10 +2,10 @@
 #pragma once
 
 // The baseline (SSSE3 by the compiler's flags), AVX2 and AVX-512 on x86-64, NEON on aarch64. The sets between and beyond them would add
-// build time and size for few processors or little gain, and SVE vectors, whose length the compiler does not know, cannot be held in arrays.
-#define HWY_DISABLED_TARGETS                                                                                                    \
-  (HWY_SSE4 | HWY_AVX3_DL | HWY_AVX3_ZEN4 | HWY_AVX3_SPR | HWY_AVX10_2 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 |      \
-   HWY_NEON_BF16)
+// build time and size for few processors or little gain, and SVE vectors, whose length the compiler does not know, cannot be held in
+// arrays.
+#define HWY_DISABLED_TARGETS \
+  (HWY_SSE4 | HWY_AVX3_DL | HWY_AVX3_ZEN4 | HWY_AVX3_SPR | HWY_AVX10_2 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_NEON_BF16)
 
 #include <hwy/detect_targets.h>
 
