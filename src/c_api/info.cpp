@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <string_view>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu.hpp"
@@ -50,11 +51,17 @@ std::string device_json(const cuda::Device& d) {
                      quoted(std::string_view(d.name)), d.major, d.minor, d.multiprocessors, d.memory);
 }
 
-std::string cuda_json() {
+// One look at the devices answers for all: each look wakes the driver.
+struct Cuda {
+  std::vector<cuda::Device> devices = cuda::devices();
+  std::string problem = devices.empty() ? cuda::problem() : "";
+};
+
+std::string cuda_json(const Cuda& found) {
   std::vector<std::string> devices;
-  for (const cuda::Device& d : cuda::devices()) devices.push_back(device_json(d));
+  for (const cuda::Device& d : found.devices) devices.push_back(device_json(d));
   return fmt::format(R"({{"built": {}, "devices": {}, "problem": {}}})", cuda::built(), array_of(devices),
-                     quoted(std::string_view(cuda::problem())));
+                     quoted(std::string_view(found.problem)));
 }
 
 std::string cpu_json() {
@@ -65,8 +72,11 @@ std::string cpu_json() {
 }  // namespace
 
 std::string info_json() {
-  return fmt::format(R"({{"version": {}, "backends": ["cpu", "reference"], "cpu": {}, "cuda": {}}})",
-                     quoted(std::string_view(flashdelta_version())), cpu_json(), cuda_json());
+  const Cuda found;
+  std::vector<std::string> backends{"cpu", "reference"};
+  if (!found.devices.empty()) backends.emplace_back("cuda");
+  return fmt::format(R"({{"version": {}, "backends": {}, "cpu": {}, "cuda": {}}})", quoted(std::string_view(flashdelta_version())),
+                     array_of(quoted(std::move(backends))), cpu_json(), cuda_json(found));
 }
 
 }  // namespace flashdelta

@@ -4,9 +4,11 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
+#include "op/check_cuda.hpp"
 #include "op/check_options.hpp"
 #include "op/check_sequences.hpp"
 #include "op/check_tensor.hpp"
@@ -47,10 +49,13 @@ class Call {
   [[nodiscard]] Axes gate_axes() const { return {{"B", p_.B}, {"T", p_.T}, {"HV", p_.HV}}; }
   [[nodiscard]] Axes head_axes() const { return {{"HV", p_.HV}}; }
   [[nodiscard]] bool is_reference() const { return p_.backend == Backend::reference; }
+  [[nodiscard]] bool is_cuda() const { return p_.backend == Backend::cuda; }
   [[nodiscard]] DTypes floats() const { return is_reference() ? kAllFloats : kFloats; }
 
  private:
   void widths();
+  [[nodiscard]] bool takes_width(std::int64_t width) const;
+  [[nodiscard]] std::string taken_widths() const;
   void device(const char* name, const DLTensor& tensor) const;
   [[nodiscard]] DTypes value_dtypes(DType q) const;
 
@@ -93,10 +98,28 @@ void Call::widths() {
   if (p_.H > p_.HV) refuse_value(fmt::format("q: more q heads than v heads (H = {}, HV = {}); HV must be a multiple of H", p_.H, p_.HV));
   if (p_.HV % p_.H != 0) refuse_value(fmt::format("v: has {} heads; HV must be a multiple of q's H = {}", p_.HV, p_.H));
   for (const auto& [name, axis, width] : {std::tuple{"q", "K", p_.K}, {"v", "V", p_.V}}) {
-    if (width >= 1 && (is_reference() || width <= kWidestCpuHead)) continue;
-    refuse_value(fmt::format("{}: head dim {} is {}; the {} backend takes {}", name, axis, width, backend_name(p_.backend),
-                             is_reference() ? "1 and more" : fmt::format("1..{}", kWidestCpuHead)));
+    if (takes_width(width)) continue;
+    refuse_value(
+        fmt::format("{}: head dim {} is {}; the {} backend takes {}", name, axis, width, backend_name(p_.backend), taken_widths()));
   }
+}
+
+bool Call::takes_width(std::int64_t width) const {
+  switch (p_.backend) {
+    case Backend::cpu: return width >= 1 && width <= kWidestCpuHead;
+    case Backend::cuda: return width == kCudaHead;
+    case Backend::reference: return width >= 1;
+  }
+  return false;
+}
+
+std::string Call::taken_widths() const {
+  switch (p_.backend) {
+    case Backend::cpu: return fmt::format("1..{}", kWidestCpuHead);
+    case Backend::cuda: return std::to_string(kCudaHead);
+    case Backend::reference: return "1 and more";
+  }
+  return "";
 }
 
 void Call::device(const char* name, const DLTensor& tensor) const {
@@ -142,7 +165,8 @@ void Call::inputs(const DLTensor* q, const DLTensor* k, const DLTensor* v, const
   if (!p_.gate_in_kernel && dt_bias != nullptr) refuse_value("dt_bias: is given; it is read only with use_gate_in_kernel");
   if (p_.beta_sigmoid && beta == nullptr) refuse_value("beta: is null; use_beta_sigmoid_in_kernel needs it");
 
-  p_.q = take({"q", Use::input, key_axes(), floats(), "", true}, q);
+  p_.q = is_cuda() ? take({"q", Use::input, key_axes(), {DType::bf16, DType::f16}, "a dtype of the cuda backend", true}, q)
+                   : take({"q", Use::input, key_axes(), floats(), "", true}, q);
   p_.k = take({"k", Use::input, key_axes(), {p_.q.dtype}, "q's dtype", true}, k);
   p_.v = take({"v", Use::input, value_axes(), value_dtypes(p_.q.dtype), "q's dtype", true}, v);
   p_.g = take({"g", Use::input, gate_axes(), floats()}, g);
@@ -210,9 +234,10 @@ Problem check_forward(const flashdelta_forward_args* args, Operation operation, 
   require("o", args->o);
   if (operation == Operation::recurrent_forward) refuse_saved_for_decode(*args);
   const DTypes o_dtypes = call.is_reference() ? kAllFloats : DTypes{p.v.dtype};
-  p.o = call.take({"o", Use::output, call.value_axes(), o_dtypes, "v's dtype"}, args->o);
+  p.o = call.take({"o", Use::output, call.value_axes(), o_dtypes, "v's dtype", call.is_cuda()}, args->o);
   p.final_state = call.take_state("final_state", args->final_state, Use::output, call.floats());
   call.saved(args->saved_c, args->saved_T, args->saved_states, Use::output);
+  if (call.is_cuda()) check_cuda(p);
   if (with_workspace) call.workspace(args->workspace, args->workspace_size);
   check_overlap(call.footprints(), same_view(p.initial_state, p.final_state));
   return p;
@@ -239,6 +264,7 @@ Problem check_backward(const flashdelta_backward_args* args, bool with_workspace
   p.d_initial_state = call.take_gradient("d_initial_state", args->d_initial_state, "initial_state", p.initial_state, std::nullopt);
   p.dA_log = call.take_gradient("dA_log", args->dA_log, "A_log", p.A_log, call.head_axes());
   p.d_dt_bias = call.take_gradient("d_dt_bias", args->d_dt_bias, "dt_bias", p.dt_bias, call.head_axes());
+  if (call.is_cuda()) check_cuda(p);
   if (with_workspace) call.workspace(args->workspace, args->workspace_size);
   check_overlap(call.footprints(), false);
   return p;

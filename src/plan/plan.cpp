@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "cpu/cpu.hpp"
+#include "cuda/cuda.hpp"
 #include "op/error.hpp"
 #include "reference/reference.hpp"
 
@@ -13,9 +14,13 @@ using op::Backend;
 using op::Operation;
 using op::Problem;
 
-[[noreturn]] void refuse_cuda() {
-  throw op::Error(FLASHDELTA_UNAVAILABLE,
-                  "backend: tensors are on a CUDA device, but CUDA kernels are not part of this version; move them to the CPU");
+// In this order, so that what is missing from the library itself reads the same in every build.
+void check_cuda(const Problem& p) {
+  if (p.operation == Operation::chunk_backward) {
+    throw op::Error(FLASHDELTA_UNAVAILABLE,
+                    "backend: backward is not yet available on the cuda backend; move the tensors to the CPU for gradients");
+  }
+  if (!cuda::built()) throw op::Error(FLASHDELTA_UNAVAILABLE, "backend: tensors are on a CUDA device, but " + cuda::problem());
 }
 
 void check_instruction_set(const Problem& p) {
@@ -48,7 +53,7 @@ void run_cpu(const Problem& p) {
 std::size_t workspace_size(const Problem& problem) {
   switch (problem.backend) {
     case Backend::cpu: check_instruction_set(problem); return (cpu_workspace_size(problem) + 63) / 64 * 64;
-    case Backend::cuda: refuse_cuda();
+    case Backend::cuda: check_cuda(problem); return (cuda::chunk_forward_workspace(problem) + 63) / 64 * 64;
     case Backend::reference: return 0;
   }
   return 0;
@@ -60,8 +65,12 @@ void run(const Problem& problem) {
     throw op::Error(FLASHDELTA_VALUE_ERROR, fmt::format("workspace: {} bytes given; this call needs {} (ask the workspace_size function)",
                                                         problem.workspace_size, needed));
   }
-  if (problem.backend == Backend::cpu) return run_cpu(problem);
-  return problem.operation == Operation::chunk_backward ? reference::backward(problem) : reference::forward(problem);
+  switch (problem.backend) {
+    case Backend::cpu: return run_cpu(problem);
+    case Backend::cuda: return cuda::chunk_forward(problem);
+    case Backend::reference:
+      return problem.operation == Operation::chunk_backward ? reference::backward(problem) : reference::forward(problem);
+  }
 }
 
 }  // namespace flashdelta::plan

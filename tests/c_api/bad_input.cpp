@@ -147,14 +147,6 @@ std::vector<BadCase> bad_options() {
        },
        kValue,
        {"backend: is reference, but q is on cuda:1"}},
-      {"cuda tensors",
-       kEntries,
-       [](Call& c) {
-         c.options.backend = FLASHDELTA_BACKEND_AUTO;
-         for (const std::string& name : c.names()) c[name].dl.device = {kDLCUDA, 0};
-       },
-       FLASHDELTA_UNAVAILABLE,
-       {"backend: ", "CUDA kernels are not part of this version"}},
       {"q with a negative cuda device id",
        kEntries,
        [](Call& c) {
@@ -163,15 +155,6 @@ std::vector<BadCase> bad_options() {
        },
        kValue,
        {"q: device id is -1"}},
-      {"tensors on two cuda devices",
-       kEntries,
-       [](Call& c) {
-         c.options.backend = FLASHDELTA_BACKEND_AUTO;
-         for (const std::string& name : c.names()) c[name].dl.device = {kDLCUDA, 0};
-         c["k"].dl.device.device_id = 1;
-       },
-       kValue,
-       {"k: is on cuda:1, but q is on cuda:0"}},
   };
   return cases;
 }

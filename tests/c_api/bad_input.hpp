@@ -34,5 +34,6 @@ std::vector<BadCase> bad_combinations();
 std::vector<BadCase> bad_sequences();
 std::vector<BadCase> bad_tensors();  // every tensor of every entry point, field by field
 std::vector<BadCase> bad_memory();
+std::vector<BadCase> bad_cuda();  // what the cuda backend alone refuses, told from descriptions of memory that is not there
 
 }  // namespace flashdelta::abi_test

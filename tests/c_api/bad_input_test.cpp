@@ -17,7 +17,7 @@ constexpr flashdelta_backend kBackendsAfter[] = {FLASHDELTA_BACKEND_REFERENCE};
 
 std::vector<BadCase> all_cases() {
   std::vector<BadCase> all;
-  for (const auto& group : {bad_structs(), bad_options(), bad_combinations(), bad_sequences(), bad_memory(), bad_tensors()}) {
+  for (const auto& group : {bad_structs(), bad_options(), bad_combinations(), bad_sequences(), bad_memory(), bad_cuda(), bad_tensors()}) {
     all.insert(all.end(), group.begin(), group.end());
   }
   return all;
@@ -66,6 +66,7 @@ TEST(BadInput, OptionsAreRefused) { expect_all_refused(bad_options()); }
 TEST(BadInput, CombinationsAreRefused) { expect_all_refused(bad_combinations()); }
 TEST(BadInput, SequencesAreRefused) { expect_all_refused(bad_sequences()); }
 TEST(BadInput, MemoryIsRefused) { expect_all_refused(bad_memory()); }
+TEST(BadInput, WhatCudaDoesNotTakeIsRefused) { expect_all_refused(bad_cuda()); }
 TEST(BadInput, TensorsAreRefused) { expect_all_refused(bad_tensors()); }
 
 TEST(BadInput, EveryCaseHasItsOwnName) {
@@ -91,7 +92,8 @@ std::string document() {
   for (const BadCase& bad : cases) calls += bad.entries.size();
   out << "# Malformed calls\n\n"
       << cases.size() << " ways to spoil a valid call, tried on every entry point where they apply (" << calls
-      << " calls, on the CPU backend and the oracle). Each gives the status and the text below, writes nothing, and leaves the library "
+      << " calls, on the CPU backend and the oracle; the cuda backend's own with descriptions of memory on a GPU, which need none). Each "
+         "gives the status and the text below, writes nothing, and leaves the library "
          "usable: "
          "`tests/c_api/bad_input*.cpp`. The text is that of the first entry point. Python raises ValueError for `value`, TypeError for "
          "`type`, "

@@ -113,6 +113,15 @@ void Call::drop_gate_in_kernel() {
   for (const char* name : {"A_log", "dt_bias", "dA_log", "d_dt_bias"}) drop(name);
 }
 
+void Call::move_to_cuda(int device) {
+  options.backend = FLASHDELTA_BACKEND_AUTO;
+  for (auto& [name, tensor] : tensors_) {
+    tensor.dl.device = {kDLCUDA, device};
+    const auto misfit = static_cast<std::size_t>(reinterpret_cast<std::uintptr_t>(tensor.dl.data) % 16);
+    if (misfit != 0) tensor.dl.byte_offset = 16 - misfit;
+  }
+}
+
 std::vector<std::string> Call::names() const {
   std::vector<std::string> all;
   for (const auto& [name, tensor] : tensors_) all.push_back(name);

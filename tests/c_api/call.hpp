@@ -74,6 +74,8 @@ class Call {
   void drop_cu_seqlens() { drop("cu_seqlens"); }
   // Other sizes, every tensor made anew to fit (saved_states and the states of N sequences included); cu_seqlens is dropped.
   void resize(std::int64_t b, std::int64_t t, std::int64_t h, std::int64_t hv, std::int64_t k, std::int64_t v);
+  // Every tensor at its address on cuda:0, where it is not: for what must be told from descriptions alone. The backend becomes "auto".
+  void move_to_cuda(int device = 0);
   [[nodiscard]] std::vector<std::string> names() const;
   // Also of tensors that were dropped.
   [[nodiscard]] static bool is_output(const std::string& name, Entry entry);

@@ -258,13 +258,81 @@ TEST(Check, PinnedHostMemoryCountsAsCpu) {
   EXPECT_EQ(checked(call).backend, Backend::cpu);
 }
 
-TEST(Check, CudaTensorsGoToCudaAndTheirOffsetsAreNotRead) {
-  Call call(Entry::chunk_forward, FLASHDELTA_BACKEND_AUTO);
-  for (const std::string& name : call.names()) call[name].dl.device = {kDLCUDA, 3};
-  call["cu_seqlens"].as<std::int32_t>()[0] = -7;
-  const Problem p = checked(call);
-  EXPECT_EQ(p.backend, Backend::cuda);
-  EXPECT_EQ(p.device_id, 3);
+// A call that the cuda backend takes, at addresses that nothing may read.
+void make_cuda(Call& call, std::int64_t b = 1, std::int64_t t = 6) {
+  if (call.has("cu_seqlens")) call.drop_cu_seqlens();
+  call.resize(b, t, 2, 4, 128, 128);
+  call.move_to_cuda(3);
+  std::uintptr_t next = 0x7f0000000000;
+  for (const std::string& name : call.names()) {
+    call[name].dl.data = reinterpret_cast<void*>(next);
+    call[name].dl.byte_offset = 0;
+    next += std::uintptr_t{1} << 44;
+  }
+}
+
+TEST(CheckCuda, TensorsGoToTheirDeviceAndNothingIsRead) {
+  for (const Entry entry : {Entry::chunk_forward_workspace_size, Entry::recurrent_forward_workspace_size}) {
+    Call call(entry);
+    make_cuda(call);
+    call.options.stream = reinterpret_cast<void*>(std::uintptr_t{77});
+    call.add("cu_seqlens", abi_test::kInt64, {2});
+    call["cu_seqlens"].dl.device = {kDLCUDA, 3};
+    call["cu_seqlens"].dl.data = reinterpret_cast<void*>(std::uintptr_t{64});
+    const Problem p = checked(call);
+    EXPECT_EQ(p.backend, Backend::cuda);
+    EXPECT_EQ(p.device_id, 3);
+    EXPECT_EQ(p.N, 1);
+    EXPECT_EQ(p.cu_seqlens, reinterpret_cast<const void*>(std::uintptr_t{64}));
+    EXPECT_TRUE(p.cu_seqlens_int64);
+    EXPECT_EQ(p.stream, reinterpret_cast<void*>(std::uintptr_t{77}));
+  }
+}
+
+TEST(CheckCuda, StridesOfAxesOfOnePlaceAreFree) {
+  Call call(Entry::chunk_forward_workspace_size);
+  make_cuda(call);
+  call["q"].strides = {3, 256, 128, 1};
+  call["o"].strides = {-7, 512, 128, 1};
+  EXPECT_EQ(checked(call).q.stride, (Sizes{1, 256, 128, 1}));
+}
+
+TEST(CheckCuda, StridesOfSixteenBytesAreTaken) {
+  Call call(Entry::chunk_forward_workspace_size);
+  make_cuda(call, 2);
+  call["q"].strides = {10000, 8, 1000, 1};
+  call["k"].strides = {0, 0, 0, 1};
+  call["v"].strides = {(std::int64_t{1} << 39) - 8, 1032, 136, 1};
+  call["o"].strides = {128, 256, 1536, 1};
+  EXPECT_EQ(checked(call).v.stride, (Sizes{(std::int64_t{1} << 39) - 8, 1032, 136, 1}));
+}
+
+TEST(CheckCuda, GatesAndStatesKeepAnyStrideAndDtype) {
+  Call call(Entry::chunk_forward_workspace_size);
+  make_cuda(call);
+  call["g"].strides = {1, -5, 7, 0};
+  call["g"].strides.pop_back();
+  call["beta"].strides = {1, 0, 3};
+  call["initial_state"].dl.dtype = abi_test::kF16;
+  call["initial_state"].strides = {65537, 16387, 1, 128};
+  call["final_state"].dl.dtype = abi_test::kBF16;
+  EXPECT_EQ(checked(call).beta.stride, (Sizes{1, 0, 3, 0}));
+}
+
+TEST(CheckCuda, TensorsWithoutElementsAreTaken) {
+  Call call(Entry::chunk_forward_workspace_size);
+  make_cuda(call, 1, 0);
+  for (const char* name : {"q", "k", "v", "o"}) call[name].dl.data = nullptr;
+  EXPECT_EQ(checked(call).T, 0);
+}
+
+TEST(CheckCuda, WhatChoosesAmongCpuKernelsChangesNothing) {
+  Call call(Entry::recurrent_forward_workspace_size);
+  make_cuda(call);
+  call.options.instruction_set = FLASHDELTA_INSTRUCTION_SET_AVX512;
+  call.options.num_threads = 7;
+  call.options.num_segments = 5;  // decode goes token by token whatever it says
+  EXPECT_EQ(checked(call).backend, Backend::cuda);
 }
 
 TEST(Check, AQueryDoesNotLookAtTheWorkspace) {

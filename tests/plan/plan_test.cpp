@@ -6,6 +6,7 @@
 
 #include "c_api/call.hpp"
 #include "cpu/cpu.hpp"
+#include "cuda/cuda.hpp"
 
 namespace flashdelta {
 namespace {
@@ -71,12 +72,41 @@ TEST(Plan, InstructionSetsThatThisProcessorLacksAreUnavailable) {
   }
 }
 
-TEST(Plan, CudaTensorsAreUnavailableAndUntouched) {
-  for (const Entry entry : {Entry::chunk_forward, Entry::recurrent_forward, Entry::chunk_backward}) {
-    Call call(entry, FLASHDELTA_BACKEND_AUTO);
-    for (const std::string& name : call.names()) call[name].dl.device = {kDLCUDA, 0};
+void make_cuda(Call& call) {
+  call.drop_cu_seqlens();
+  call.resize(1, 6, 2, 4, 128, 128);
+  call.move_to_cuda();
+}
+
+TEST(Plan, WithoutCudaCodeItsTensorsAreUnavailableAndUntouched) {
+  if (cuda::built()) GTEST_SKIP() << "this build holds CUDA code";
+  for (const Entry entry : {Entry::chunk_forward, Entry::recurrent_forward, Entry::chunk_forward_workspace_size}) {
+    Call call(entry);
+    make_cuda(call);
     const auto before = call.snapshot();
     EXPECT_EQ(call.run(), FLASHDELTA_UNAVAILABLE);
+    EXPECT_EQ(std::string(flashdelta_last_error()), "backend: tensors are on a CUDA device, but " + cuda::problem());
+    EXPECT_TRUE(call.snapshot() == before);
+  }
+}
+
+TEST(Plan, TheWorkspaceOnCudaIsKnownWithoutAGpu) {
+  if (!cuda::built()) GTEST_SKIP() << "this build holds no CUDA code";
+  for (const Entry entry : {Entry::chunk_forward_workspace_size, Entry::recurrent_forward_workspace_size}) {
+    Call call(entry);
+    make_cuda(call);
+    ASSERT_EQ(call.run(), FLASHDELTA_OK) << flashdelta_last_error();
+    EXPECT_EQ(call.answered % 64, 0U);
+  }
+}
+
+TEST(Plan, BackwardOnCudaIsUnavailableInEveryBuild) {
+  for (const Entry entry : {Entry::chunk_backward, Entry::chunk_backward_workspace_size}) {
+    Call call(entry);
+    make_cuda(call);
+    const auto before = call.snapshot();
+    EXPECT_EQ(call.run(), FLASHDELTA_UNAVAILABLE);
+    EXPECT_NE(std::string(flashdelta_last_error()).find("not yet available on the cuda backend"), std::string::npos);
     EXPECT_TRUE(call.snapshot() == before);
   }
 }
