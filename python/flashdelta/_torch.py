@@ -24,6 +24,8 @@ _MODULE = tvm_ffi.load_module(str(_lib.library_path()))
 _CHUNK_FORWARD = _MODULE.get_function("chunk_forward")
 _CHUNK_BACKWARD = _MODULE.get_function("chunk_backward")
 _RECURRENT_FORWARD = _MODULE.get_function("recurrent_forward")
+_FUNCTIONS = {"chunk_forward": _CHUNK_FORWARD, "recurrent_forward": _RECURRENT_FORWARD}
+_CHECK_CU_SEQLENS = _MODULE.get_function("check_cu_seqlens")
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? A_log, Tensor? dt_bias"
 _OPTIONS = "float? scale, int[] options, float tolerance"
@@ -47,14 +49,30 @@ _operators.define(f"recurrent_forward_out({_INPUTS}, {_OPTIONS}, Tensor(a!) o, T
 _operators.define(
     f"recurrent_forward_({_INPUTS.replace('Tensor? initial_state', 'Tensor(a!) initial_state')}, {_OPTIONS}, Tensor(b!) o) -> ()"
 )
+_operators.define("offsets_to(Tensor cu_seqlens, SymInt tokens, Device device) -> Tensor")
 
 
-def _run(function: Any, tensors: tuple[Tensor | None, ...], scale: float | None, options: list[int], tolerance: float, device: Any) -> None:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# What inductor and triton ask as well: a tenth of the time of making a Stream object.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _run(function: Any, tensors: tuple[Tensor | None, ...], scale: float | None, options: Any, tolerance: float, device: Any) -> None:
+    stream = 0
+    if device.type == "cuda":
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return _run(function, tensors, scale, options, tolerance, device)
+        stream = _raw_stream(device.index) if _raw_stream else _current_stream(device)
     needed = function(*tensors, scale, *options, tolerance, stream, None)
     if needed:
+        # Torch's allocator may give these bytes away as soon as they are dropped: only to what follows on the same stream.
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
         function(*tensors, scale, *options, tolerance, stream, workspace)
+    return None
 
 
 def _empty(like: Tensor, shape: Any, dtype: torch.dtype, wanted: Any = True) -> Tensor | None:
@@ -158,6 +176,28 @@ def _recurrent_forward_inplace(q, k, v, g, beta, state, cu, A_log, dt_bias, scal
     _recurrent_forward_out(q, k, v, g, beta, state, cu, A_log, dt_bias, scale, options, tolerance, o, state)
 
 
+# Offsets from the CPU to where the tensors are
+
+
+def _offsets_to(cu_seqlens, tokens, device):
+    _CHECK_CU_SEQLENS(cu_seqlens, tokens)
+    if device.type != "cuda":
+        return cu_seqlens.to(device, copy=True)
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cu_seqlens: is on the CPU while a CUDA graph is captured, whose replays would not see what it holds then; "
+                "give a tensor on the device"
+            )
+        # From pinned memory the copy only joins the stream. Torch keeps the staging bytes until it has been made.
+        staged = torch.empty(cu_seqlens.shape, dtype=cu_seqlens.dtype, pin_memory=True).copy_(cu_seqlens)
+        return staged.to(device, non_blocking=True)
+
+
+def _offsets_to_fake(cu_seqlens, tokens, device):
+    return torch.empty_like(cu_seqlens, memory_format=torch.contiguous_format, device=device)
+
+
 def _writes_only(*arguments) -> None:
     _check_devices(arguments[:9])
 
@@ -170,6 +210,7 @@ for _name, _kernel, _fake in (
     ("recurrent_forward", _recurrent_forward, _recurrent_forward_fake),
     ("recurrent_forward_out", _recurrent_forward_out, _writes_only),
     ("recurrent_forward_", _recurrent_forward_inplace, _writes_only),
+    ("offsets_to", _offsets_to, _offsets_to_fake),
 ):
     _operators.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashdelta::{_name}", _fake, lib=_operators)
@@ -233,7 +274,7 @@ def _check_types(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
             raise TypeError(f"{name}: is a {type(tensor).__name__}; it must be a torch tensor, as q is")
 
 
-def _offsets(cu_seqlens: Any, device: torch.device) -> Tensor | None:
+def _offsets(cu_seqlens: Any, q: Tensor) -> Tensor | None:
     if cu_seqlens is None:
         return None
     if not isinstance(cu_seqlens, Tensor):
@@ -241,8 +282,9 @@ def _offsets(cu_seqlens: Any, device: torch.device) -> Tensor | None:
             cu_seqlens = torch.as_tensor(cu_seqlens, dtype=None if len(cu_seqlens) else torch.int64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"cu_seqlens: is a {type(cu_seqlens).__name__} that torch does not read ({error})") from error
-    if cu_seqlens.device.type == "cpu" and device.type != "cpu":
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    device = q.device
+    if device.type != "cpu" and cu_seqlens.device.type == "cpu" and q.dim() == 4:  # of another rank q is refused first
+        return _OPS.offsets_to.default(cu_seqlens, q.shape[1], device)
     return cu_seqlens
 
 
@@ -252,7 +294,7 @@ def _prepared(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
     differentiable = (q, k, v, g, beta, initial_state, A_log, dt_bias)
     _check_types(_DIFFERENTIABLE, differentiable)
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    return (q, k, v, g, beta, initial_state, _offsets(cu_seqlens, q.device), A_log, dt_bias), recorded
+    return (q, k, v, g, beta, initial_state, _offsets(cu_seqlens, q), A_log, dt_bias), recorded
 
 
 def _final_state_dtype(dtype: Any, q: Tensor) -> torch.dtype:
@@ -261,6 +303,29 @@ def _final_state_dtype(dtype: Any, q: Tensor) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"final_state_dtype: is {dtype!r}; it must be a torch dtype")
     return dtype
+
+
+# Past the dispatcher, where nobody would notice: it takes as long as the whole operation of one decoded token. What it asks of torch
+# is not public; where a version does not have it, every call takes the operators.
+_ordinary = frozenset((Tensor, torch.nn.Parameter))
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+
+
+def _unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
+    # No compiler, trace, mode or transform that has to see an operator, and no tensor that is not what it seems.
+    if torch.compiler.is_compiling() or _modes is None or _transforms is None:
+        return False
+    if _modes() or _transforms() is not None or torch.jit.is_tracing():
+        return False
+    return all(x is None or (type(x) in _ordinary and not x.is_meta) for x in tensors)
+
+
+def _written(*outputs: Tensor | None) -> None:
+    # Given buffers: autograd must see that a tensor it saved has changed. An operator would say so by its schema.
+    for x in outputs:
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def _unrecorded(name: str, recorded: bool) -> None:
@@ -280,17 +345,26 @@ def _forward_out(
 ) -> tuple[Any, ...]:
     q, v, cu_seqlens = inputs[0], inputs[2], inputs[6]
     _check_types(("o", "final_state"), (o, final_state))
+    given = (o, inputs[5] if inplace_state else final_state)
     o = _empty(v, v.shape, v.dtype) if o is None else o
+    direct = _unobserved((*inputs, *given))
+    saved = (None, None, None)
     if inplace_state:
-        _OPS.recurrent_forward_.default(*inputs, *options, o)
-        return o, inputs[5], None, None, None
-    if final_state is None:
+        final_state = inputs[5]
+        if not direct:
+            _OPS.recurrent_forward_.default(*inputs, *options, o)
+            return o, final_state, *saved
+    elif final_state is None:
         final_state = _state(q, v, cu_seqlens, options, final_state_dtype)
-    if operation == "recurrent_forward":
+    if operation == "chunk_forward" and save:
+        saved = _saved(q, v, cu_seqlens, options, save)
+    if direct:
+        _run(_FUNCTIONS[operation], (*inputs, o, final_state, *saved), options.scale, options.integers, options.tolerance, q.device)
+        _written(*given)
+    elif operation == "recurrent_forward":
         _OPS.recurrent_forward_out.default(*inputs, *options, o, final_state)
-        return o, final_state, None, None, None
-    saved = _saved(q, v, cu_seqlens, options, save)
-    _OPS.chunk_forward_out.default(*inputs, *options, o, final_state, *saved)
+    else:
+        _OPS.chunk_forward_out.default(*inputs, *options, o, final_state, *saved)
     return o, final_state, *saved
 
 

@@ -5,6 +5,9 @@
 // None). Each returns 0 when it ran; otherwise the workspace bytes that it needs, having touched nothing. One call thus serves both
 // for asking and for running, and operations that need no workspace take a single one.
 //
+// check_cu_seqlens(offsets on the host, T) raises what the operations would: for offsets that are about to leave for a device, where
+// nobody reads them.
+//
 // Beside them stands one plain C function for the program's benchmarks, which the public ABI has no use for.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -19,6 +22,8 @@
 
 #include "cpu/cpu.hpp"
 #include "flashdelta/flashdelta.h"
+#include "op/check_sequences.hpp"
+#include "op/error.hpp"
 
 namespace {
 
@@ -56,6 +61,7 @@ class Arguments {
     const auto value = next().cast<std::int64_t>();
     return static_cast<std::int32_t>(value < Limits::min() ? Limits::min() : value > Limits::max() ? Limits::max() : value);
   }
+  std::int64_t wide_integer() { return next().cast<std::int64_t>(); }
   void* address() { return reinterpret_cast<void*>(static_cast<std::uintptr_t>(next().cast<std::int64_t>())); }
 
   void done() const {
@@ -133,6 +139,24 @@ std::int64_t run_backward(Arguments in) {
   return run(in, args, flashdelta_chunk_backward_workspace_size, flashdelta_chunk_backward);
 }
 
+std::int64_t check_cu_seqlens(Arguments in) {
+  flashdelta::op::Problem packed;
+  packed.B = 1;
+  const DLTensor* offsets = in.tensor();
+  packed.T = in.wide_integer();
+  in.done();
+  if (offsets == nullptr || !flashdelta::op::on_host(offsets->device)) {
+    throw ffi::Error("ValueError", "cu_seqlens: is not on the CPU; its values cannot be read here", "");
+  }
+  try {
+    flashdelta::op::Footprint footprint;
+    flashdelta::op::check_sequences(offsets, &packed, &footprint);
+  } catch (const flashdelta::op::Error& error) {
+    throw ffi::Error(error_kind(error.status()), error.what(), "");
+  }
+  return 0;
+}
+
 template <typename Body>
 int answer(TVMFFIAny* result, Body body) {
   TVM_FFI_SAFE_CALL_BEGIN();
@@ -155,6 +179,10 @@ TVM_FFI_DLL_EXPORT int __tvm_ffi_recurrent_forward(void*, const TVMFFIAny* args,
 
 TVM_FFI_DLL_EXPORT int __tvm_ffi_chunk_backward(void*, const TVMFFIAny* args, std::int32_t size, TVMFFIAny* result) {
   return answer(result, [&] { return run_backward({args, size}); });
+}
+
+TVM_FFI_DLL_EXPORT int __tvm_ffi_check_cu_seqlens(void*, const TVMFFIAny* args, std::int32_t size, TVMFFIAny* result) {
+  return answer(result, [&] { return check_cu_seqlens({args, size}); });
 }
 
 // cpu::peak_gflops; negative where it could not be measured (out of memory or threads).
