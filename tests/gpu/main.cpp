@@ -1,13 +1,18 @@
 // flashdelta_gpu_tests [--record=FILE] [GoogleTest options]. Needs an NVIDIA driver and nothing else.
+// With --child=NAME it does the work of a test that needs a fresh process (child.hpp).
 #include <gtest/gtest.h>
 
 #include <cstdio>
 #include <string_view>
 
 #include "cuda/cuda.hpp"
+#include "gpu/child.hpp"
 #include "gpu/record.hpp"
 
 int main(int argc, char** argv) {
+  if (argc == 2) {
+    if (const auto child = flashdelta::testing::child_of(argv[1])) return flashdelta::testing::work_as_child(*child);
+  }
   testing::InitGoogleTest(&argc, argv);
   constexpr std::string_view option = "--record=";
   for (int i = 1; i < argc; ++i) {
