@@ -19,7 +19,9 @@ from flashdelta.cli.models import MODELS, HeadLayout
 
 _DESCRIPTION = """Measures chunked forward, backward and the token-by-token path on random inputs: median time, time per token and value
 head, GFLOP/s beside the measured peak of the same instruction set, workspace, and the ratios between the passes. --suite cpu is the table
-that bench/results records: 16/16 heads, width 128, 4096 tokens, bf16 and fp32, every instruction set, one thread and all."""
+that bench/results records: 16/16 heads, width 128, 4096 tokens, bf16 and fp32, every instruction set, one thread and all. On a GPU: the
+forward alone unless --pass says otherwise, timed by replays of a CUDA graph, beside the least time that an H200's tensor cores or its
+memory allow."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -34,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=options.integer(1, 1 << 24), metavar="N", help="per batch row (default: 4096)")
     parser.add_argument("--batch", type=options.integer(1, 1 << 16), metavar="B", help="batch rows (default: 1)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of q, k, v (default: bf16)")
-    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="may be repeated (default: all three)")
+    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="may be repeated (default: all; GPU: forward)")
     parser.add_argument("--repeats", type=options.integer(1, 1000), default=7, metavar="N", help="the median of N is taken (default: 7)")
     options.add_device(parser)
     options.add_cpu(parser)
@@ -123,6 +125,27 @@ def _how(shape: Shape) -> str:
     return f"{shape.instruction_set}, {shape.threads} thr." if shape.threads else ""
 
 
+def _print_cuda(groups: list[list[Result]], place_text: str) -> None:
+    columns = ("shape", "pass", "timed by", "time", "us/token/head", "TFLOP/s", "H200's floor", "set by", "time / floor")
+    table = ui.table(place_text, *columns)
+    for column in (*table.columns[3:7], table.columns[8]):
+        column.justify = "right"
+    for result in (result for results in groups for result in results):
+        floor, set_by = result.floor
+        table.add_row(
+            _label(result.shape),
+            result.operation,
+            result.how,
+            ui.seconds(result.seconds),
+            f"{result.us_per_token_head:.5f}",
+            f"{1e-3 * result.gflops:.1f}",
+            ui.seconds(floor),
+            set_by,
+            f"{result.seconds / floor:.2f}",
+        )
+    ui.stdout().print(table)
+
+
 def _print(groups: list[list[Result]], place_text: str) -> None:
     columns = ("shape", "how", "pass", "time", "us/token/head", "GFLOP/s", "of peak", "workspace/thr.", "ratio")
     table = ui.table(place_text, *columns)
@@ -185,20 +208,22 @@ def main(args: argparse.Namespace) -> int:
     if args.json != "-":
         plots.check_directory(args.json, "--json")
     options.check_instruction_set(args.instruction_set)
-    place = device.select(args.device)
+    # What the suite for the CPU measures is for no GPU, however it is called.
+    refusal = device.cuda_refusal(DTYPES[args.dtype or "bf16"], *(args.dim or (device.CUDA_WIDTH,) * 2))
+    place = device.select("cpu" if args.suite == "cpu" and args.device == "auto" else args.device, refusal)
     shapes = _shapes(args, place)
-    passes = tuple(dict.fromkeys(args.passes or PASSES))
+    passes = tuple(dict.fromkeys(args.passes or (PASSES if place.backend == "cpu" else ("forward",))))
     groups = []
     with errors.library_errors(), ui.progress("measuring", len(shapes)) as advance:
         for shape in shapes:
             advance(0, f"{_label(shape)} {_how(shape)}")
             groups.append(measure.run(shape, passes, place, args.repeats, advance))
     report = _report(groups, place)
-    title = f"{report['processor']}" if place.backend == "cpu" else report["gpus"][0]["name"]
+    title = f"{report['processor']}" if place.backend == "cpu" else place.describe(flashdelta.info(), "", 0)
     if args.json == "-":
         print(json.dumps(report, indent=2))
     else:
-        _print(groups, f"{title}, flashdelta {report['flashdelta']}")
+        (_print if place.backend == "cpu" else _print_cuda)(groups, f"{title}, flashdelta {report['flashdelta']}")
         if args.json:
             write_json(args.json, report)
     if args.plot:

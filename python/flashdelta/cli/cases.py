@@ -11,16 +11,14 @@ from flashdelta.cli.dtypes import DTYPES, NAMES
 
 EDGE_LENGTHS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129)
 EDGE_WIDTHS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 96, 128, 129, 255, 256)
-# Work of one case in tokens * value heads * K * V: a few ten milliseconds of the oracle, so that a minute sees many cases.
-_BUDGET = 3 << 20
 
 
 @dataclass
 class Case:
     """One call: arrays and flags as chunk_gated_delta_rule takes them, and what happens to them.
 
-    `do` and `dht` are the outputs' gradients for a chunked case, None for a recurrent one. `covered` marks the tokens [T] that belong
-    to a sequence; the others hold NaN in every input.
+    `do` and `dht` are the outputs' gradients for a chunked case with `backward`, None for others. `covered` marks the tokens [T]
+    that belong to a sequence; the others hold NaN in every input.
     """
 
     seed: int
@@ -32,6 +30,7 @@ class Case:
     dht: np.ndarray | None
     covered: np.ndarray
     checkpoint_chunks: int = 1
+    backward: bool = True  # of a chunked case: whether gradients are part of it
     notes: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
@@ -42,12 +41,22 @@ class Case:
         if self.tensors["cu_seqlens"] is not None:
             parts["cu_seqlens"] = self.tensors["cu_seqlens"].tolist()
         if self.operation == "chunk":
-            parts.update(checkpoint_chunks=self.checkpoint_chunks, do=self.do is not None, dht=self.dht is not None)
+            parts.update(checkpoint_chunks=self.checkpoint_chunks)
+        if self.operation == "chunk" and self.backward:
+            parts.update(do=self.do is not None, dht=self.dht is not None)
         return f"{self.operation}: " + ", ".join(f"{name}={value}" for name, value in parts.items())
 
 
 class _Maker:
     """Draws one case. Each method draws one aspect; the order of draws is fixed by `make`."""
+
+    # Work of one case in tokens * value heads * K * V: a few ten milliseconds of the oracle, so that a minute sees many cases.
+    budget = 3 << 20
+    most_tokens = 400
+    dtypes = ("bf16", "bf16", "fp16", "fp32")
+    padding = 3  # elements between the rows of padded q, k, v
+    most_segments = 8
+    backward = True
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -77,7 +86,7 @@ class _Maker:
         self.HV = self.H * int(self.pick((1, 1, 2, 3, 4)))
         self.K = self.width()
         self.V = self.K if self.chance(0.4) else self.width()
-        most = max(1, min(400, _BUDGET // (self.HV * self.K * self.V)))
+        most = max(1, min(self.most_tokens, self.budget // (self.HV * self.K * self.V)))
         self.offsets: np.ndarray | None = None
         if self.chance(0.5):
             self.pack(most, operation)
@@ -168,7 +177,7 @@ class _Maker:
         if kind == "heads first":
             return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
         if kind == "padded":
-            wide = np.zeros((*x.shape[:-1], x.shape[-1] + 3), x.dtype)
+            wide = np.zeros((*x.shape[:-1], x.shape[-1] + self.padding), x.dtype)
             wide[..., : x.shape[-1]] = x
             return wide[..., : x.shape[-1]]
         if kind == "tokens apart":
@@ -193,7 +202,7 @@ class _Maker:
     def make(self) -> Case:
         operation = self.pick(("chunk", "chunk", "chunk", "recurrent"))
         self.shapes(operation)
-        dtype = self.pick(("bf16", "bf16", "fp16", "fp32"))
+        dtype = self.pick(self.dtypes)
         scalar = lambda: self.pick(("fp32", "fp32", dtype))  # noqa: E731
         l2norm, gate, sigmoid = self.chance(0.5), self.chance(0.4), self.chance(0.4)
         flags = {
@@ -229,17 +238,19 @@ class _Maker:
             if tensors[name] is not None:
                 tensors[name] = self.laid_out(tensors[name], channels_last=False)
         do, dht, checkpoint_chunks = None, None, 1
-        if operation == "chunk":
+        if operation == "chunk" and self.backward:
             do = self.array((self.B, self.T, self.HV, self.V), dtype) if self.chance(0.85) else None
             dht = self.array(state_shape, "fp32") if do is None or self.chance(0.5) else None
             if do is not None:
                 self.poison(do)
                 do = self.laid_out(do, channels_last=True)
+        if operation == "chunk":
             checkpoint_chunks = int(self.pick((1, 1, 2, 3, 8)))
             self.notes["saved"] = self.chance(0.5)  # whether backward gets g_cumsum and A, or makes them again
         order = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
         tensors = {name: tensors[name] for name in order}
-        return Case(self.seed, operation, tensors, flags, self.execution(), do, dht, self.covered, checkpoint_chunks, self.notes)
+        execution = self.execution()
+        return Case(self.seed, operation, tensors, flags, execution, do, dht, self.covered, checkpoint_chunks, self.backward, self.notes)
 
     def poison(self, *arrays: np.ndarray | None) -> None:
         """Tokens of no sequence hold NaN: a backend that reads one shows it."""
@@ -249,7 +260,7 @@ class _Maker:
 
     def execution(self) -> dict[str, Any]:
         context_parallel = self.pick(("auto", "auto", "exact", "off"))
-        segments = 0 if context_parallel == "off" or self.chance(0.6) else int(self.rng.integers(1, 9))
+        segments = 0 if context_parallel == "off" or self.chance(0.6) else int(self.rng.integers(1, self.most_segments + 1))
         return {
             "context_parallel": context_parallel,
             "num_segments": segments,
@@ -258,6 +269,20 @@ class _Maker:
         }
 
 
-def make(seed: int) -> Case:
-    """The case of `seed`."""
-    return _Maker(seed).make()
+class _CudaMaker(_Maker):
+    """Calls that the cuda backend takes: its widths and dtypes, strides of whole 16 bytes, no segments to count, no backward."""
+
+    budget = 24 << 20  # forward alone, and long enough for several chunks at width 128
+    most_tokens = 1500
+    dtypes = ("bf16", "bf16", "fp16")
+    padding = 8
+    most_segments = 1
+    backward = False
+
+    def width(self) -> int:
+        return 128
+
+
+def make(seed: int, backend: str = "cpu") -> Case:
+    """The case of `seed` for a backend: "cpu" or "cuda"."""
+    return (_CudaMaker if backend == "cuda" else _Maker)(seed).make()

@@ -34,3 +34,21 @@ def recurrent_per_token(key_width: int, value_width: int) -> float:
 
 
 PER_TOKEN = {"forward": forward_per_token, "backward": backward_per_token, "recurrent": recurrent_per_token}
+
+
+# One H200: dense bf16 products as large matrices reach them, and bytes of a copy, both measured.
+H200_FLOPS = 790e12
+H200_BYTES = 4.26e12
+# A chunk of one value head at width 128: k S, q S, Kh^T U (2.1 MFLOP each), T X, P U, q k^T, k k^T (1.05 each). Unlike the counts above
+# it takes the 64 x 64 products in full, because tensor cores compute whole tiles.
+_CHUNK_FLOPS = 10.5e6
+
+
+def cuda_floor(chunk_heads: int, moved_bytes: int) -> tuple[float, str]:
+    """The least seconds of a forward pass on an H200 at width 128, and which of its two limits sets it: "tensor" or "bytes".
+
+    Args:
+        chunk_heads: chunks of 64 tokens, each sequence's last one rounded up, times value heads.
+        moved_bytes: of inputs and outputs, each once.
+    """
+    return max((_CHUNK_FLOPS * chunk_heads / H200_FLOPS, "tensor"), (moved_bytes / H200_BYTES, "bytes"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,10 @@ class Shape:
     def token_heads(self) -> int:
         return self.batch * self.tokens * self.heads.value_heads
 
+    @property
+    def chunk_heads(self) -> int:
+        return self.batch * -(-self.tokens // flops.CHUNK) * self.heads.value_heads
+
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self.heads), "tokens": self.tokens, "batch": self.batch, "dtype": self.dtype} | {
             "instruction_set": self.instruction_set,
@@ -47,7 +51,9 @@ class Result:
     operation: str
     seconds: float
     workspace_bytes: int | None  # what the library asks for: all that a call takes beyond inputs, outputs and saved tensors. CPU only
-    peak_gflops: float | None  # of the same instruction set and threads
+    peak_gflops: float | None  # of the same instruction set and threads. CPU only
+    how: str = "wall clock"  # what the time was read from: Timer.how
+    floor: tuple[float, str] | None = None  # seconds, and what sets them: flops.cuda_floor. CUDA only
 
     @property
     def workspace_per_thread(self) -> float | None:
@@ -66,7 +72,9 @@ class Result:
 
     @property
     def floor_share(self) -> float | None:
-        """Time at the measured peak over the time taken."""
+        """The least time over the time taken: on a GPU that of its floor, on the CPU that at the measured peak."""
+        if self.floor:
+            return self.floor[0] / self.seconds
         return self.gflops / self.peak_gflops if self.peak_gflops else None
 
     def as_json(self) -> dict[str, Any]:
@@ -74,10 +82,12 @@ class Result:
             **self.shape.as_json(),
             "pass": self.operation,
             "seconds": self.seconds,
+            "timed_by": self.how,
             "us_per_token_head": self.us_per_token_head,
             "gflops": self.gflops,
             "peak_gflops": self.peak_gflops,
             "floor_seconds": self.seconds * self.floor_share if self.floor_share else None,
+            "floor_set_by": self.floor[1] if self.floor else None,
             "share_of_peak": self.floor_share,
             "workspace_bytes": self.workspace_bytes,
             "workspace_bytes_per_thread": self.workspace_per_thread,
@@ -103,6 +113,10 @@ def inputs(shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
         "A_log": np.log(rng.uniform(1.0, 16.0, heads.value_heads)).astype(np.float32),
         "dt_bias": np.log(np.expm1(dt)).astype(np.float32),
     }
+
+
+def _moved_bytes(tensors: Iterable[Any]) -> int:
+    return sum(x.nbytes for x in tensors if x is not None)
 
 
 def _workspaces(common: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -143,8 +157,10 @@ def run(shape: Shape, passes: tuple[str, ...], place: device.Cpu | device.Cuda, 
         kept = {"saved_c": saved.g_cumsum, "saved_T": saved.A, "saved_states": saved.h}
         outputs["backward"] = {**kept, "d_o": d_o, **gradients}
     workspaces = _workspaces(common, outputs) if on_cpu else {}
-    seconds = timing.medians({name: calls[name] for name in passes}, place, repeats)
+    timers = {name: place.timer(calls[name]) for name in passes}
+    seconds = timing.medians(timers, repeats)
     if on_cpu:  # the better of two: another program may have held a core during the first
         peak = max(filter(None, (peak, _lib.cpu_peak_gflops(shape.instruction_set, shape.threads))), default=None)
+    floor = None if on_cpu else flops.cuda_floor(shape.chunk_heads, _moved_bytes((*placed.values(), o, final_state)))
     advance()
-    return [Result(shape, name, seconds[name], workspaces.get(name), peak) for name in passes]
+    return [Result(shape, name, seconds[name], workspaces.get(name), peak, timers[name].how, floor) for name in passes]

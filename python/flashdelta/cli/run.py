@@ -35,6 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="OUT.safetensors", help="where o and final_state go; replaced if it exists")
     parser.add_argument("--operation", choices=("chunk", "recurrent"), default="chunk", help="chunked prefill (default) or token by token")
     parser.add_argument("--backend", choices=("auto", "cpu", "cuda", "reference"), default="auto", help="reference is the float64 oracle")
+    options.add_device(parser)
     parser.add_argument("--scale", type=float, metavar="X", help="factor on q (default: K^-0.5)")
     for flag, text in _FLAGS.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=text)
@@ -82,6 +83,16 @@ def _write(path: str, tensors: dict[str, np.ndarray]) -> None:
         raise
 
 
+def _place(args: argparse.Namespace, tensors: dict[str, np.ndarray]) -> device.Cpu | device.Cuda:
+    """Where the backend computes; `auto` leaves what the cuda backend does not take to the CPU."""
+    needed = {"cuda": "cuda", "cpu": "cpu", "reference": "cpu"}.get(args.backend, args.device)
+    if args.device not in ("auto", needed):
+        raise UsageError(f"--device {args.device}: --backend {args.backend} computes on {needed}")
+    q, v = tensors["q"], tensors["v"]
+    taken = q.ndim == v.ndim == 4  # otherwise the library refuses them on any device
+    return device.select(needed, device.cuda_refusal(q.dtype, q.shape[-1], v.shape[-1]) if taken else "")
+
+
 def main(args: argparse.Namespace) -> int:
     plots.check_directory(args.out, "--out")
     if Path(args.out).is_dir():
@@ -90,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--scale: {args.scale} is not finite")
     options.check_instruction_set(args.instruction_set)
     tensors = _read(args.input)
-    place = device.select("cuda" if args.backend == "cuda" else "auto" if args.backend == "auto" else "cpu")
+    place = _place(args, tensors)
     call = flashdelta.chunk_gated_delta_rule if args.operation == "chunk" else flashdelta.fused_recurrent_gated_delta_rule
     with errors.library_errors():
         o, final_state = call(

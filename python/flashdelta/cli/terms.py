@@ -140,8 +140,12 @@ class _Sequence:
         self.adjoints.append(ds)
         return squares, dh0
 
+    def without_backward(self) -> None:
+        """What backward_terms leaves for chunk_sizes where nothing flows back."""
+        self.adjoints = [np.zeros_like(self.states[0])] * (-(-self.length // CHUNK) + 1)
+
     def chunk_sizes(self, do: np.ndarray, left_out: float) -> Sizes:
-        """After backward_terms with the same `do`: what the chunked algebra sums."""
+        """After backward_terms with the same `do`, or without_backward and zeros: what the chunked algebra sums."""
         spans = [slice(begin, begin + CHUNK) for begin in range(0, self.length, CHUNK)]
         per_head = (self.q, self.k, self.v, self.g, self.beta)
         chunks = [Chunk(*(x[span].swapaxes(0, 1) for x in per_head), self.scale) for span in spans]
@@ -216,8 +220,11 @@ def norms(case: Case) -> Norms:
         by_token.add(row, tokens, {}, o=o, final_state=final_state)
         if case.operation == "chunk":
             do = np.zeros_like(f.v[row, tokens]) if case.do is None else _wide(case.do[row, tokens])
-            per_token, dh0 = sequence.backward_terms(do, state(case.dht, n))
-            by_token.add(row, tokens, per_token, dh0=dh0)
+            if case.backward:
+                per_token, dh0 = sequence.backward_terms(do, state(case.dht, n))
+                by_token.add(row, tokens, per_token, dh0=dh0)
+            else:
+                sequence.without_backward()
             sums = sequence.chunk_sizes(do, left_out)
             by_chunk.add(row, tokens, sums.per_token, o=sums.o, final_state=sums.final_state, dh0=sums.dh0)
     return Norms(by_token.norms(f, case.covered), by_chunk.norms(f, case.covered))
