@@ -9,6 +9,9 @@
  *
  * Memory: inputs take any strides but q, k, v, whose last axis is contiguous. Outputs take any that keep their elements apart (none
  * negative) and share no memory with another argument, except final_state with initial_state. An axis has at most 2^31 - 1 places.
+ *
+ * CUDA tensors: K = V = 128; q, k, v, o in bf16 or fp16, at addresses and strides of whole 16 bytes. cu_seqlens on the device is not
+ * read by the host. A call launches on options.stream and returns without waiting (docs/api.md, "On a GPU").
  */
 #ifndef FLASHDELTA_FLASHDELTA_H_
 #define FLASHDELTA_FLASHDELTA_H_

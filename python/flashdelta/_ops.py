@@ -136,7 +136,8 @@ def chunk_gated_delta_rule(
     changed. Any strides are fine; the last axis of q, k and v must be contiguous.
 
     Args:
-        q: [B, T, H, K] bfloat16, float16 or float32 (float64 with ``backend="reference"``). K and V are 1..256 on the CPU.
+        q: [B, T, H, K] bfloat16, float16 or float32 (float64 with ``backend="reference"``). K and V are 1..256 on the CPU. On a GPU
+            they are 128, q is bfloat16 or float16, and addresses and strides of q, k, v, o are multiples of 16 bytes.
         k: [B, T, H, K], q's dtype.
         v: [B, T, HV, V], q's dtype; HV is a multiple of H.
         g: [B, T, HV] float32, bfloat16 or float16: log gate, natural, at most 0 (-inf allowed); with ``use_gate_in_kernel`` the raw
@@ -150,7 +151,9 @@ def chunk_gated_delta_rule(
         allow_neg_eigval: beta becomes ``2 * sigmoid(beta)``; needs ``use_beta_sigmoid_in_kernel``.
         state_v_first: states are [N, HV, V, K].
         cu_seqlens: [N + 1] int32 or int64 offsets into T, or a sequence of integers, non-decreasing within [0, T]; B must be 1. Rows
-            of o and of gradients for tokens of no sequence are zero. None: B sequences of T tokens.
+            of o and of gradients for tokens of no sequence are zero. None: B sequences of T tokens. Beside tensors on a GPU: a tensor
+            there is used as it is and never read by the host; anything else is checked and copied there without a synchronisation,
+            which is an error while a CUDA graph is captured.
         cu_seqlens_cpu: accepted, not needed.
         chunk_indices: accepted, not needed.
         cp_context: must be None: sequences are not spread over several processes.
@@ -163,7 +166,7 @@ def chunk_gated_delta_rule(
         context_parallel: "auto": long sequences of few heads are cut into segments, and what is certified to matter less than the
             tolerance is cut off; "exact": segments, nothing cut off; "off": no segments.
         context_parallel_tolerance: what "auto" may cut off, relative to the state; None means 1e-6.
-        num_segments: segments per sequence and head; 0: planned.
+        num_segments: segments per sequence and head; 0: planned. 0 or 1 on a GPU.
         batch_invariant: a sequence's bits do not depend on what it is packed with.
         backend: "auto" (by the tensors' device), "cpu", "cuda", or "reference" (float64, token by token, slow).
         num_threads: CPU threads; 0: all that the process may use.
@@ -182,7 +185,8 @@ def chunk_gated_delta_rule(
         ValueError: a value, shape or stride is not allowed; the text names the argument.
         TypeError: a dtype or Python type is not allowed, or a keyword is unknown.
         DeprecationWarning: ``head_first`` is given.
-        RuntimeError: the backend is not available here, or buffers are given while gradients are recorded.
+        RuntimeError: the backend is not available here, or buffers are given while gradients are recorded; from ``backward()``, that
+            the backend has none (on a GPU).
     """
     state_v_first = _state_v_first(state_v_first, transpose_state_layout)
     if head_first is not None:
