@@ -162,7 +162,7 @@ std::vector<Case> dtypes() {
   return cases;
 }
 
-std::string name_of(const ::testing::TestParamInfo<Case>& info) { return info.param.name; }
+std::string name_of(const ::testing::TestParamInfo<Case>& param_info) { return param_info.param.name; }
 
 class CudaContract : public GpuTest, public ::testing::WithParamInterface<Case> {};
 
@@ -202,7 +202,7 @@ TEST_P(CudaDecode, HoldsTheContractInAndOutOfPlace) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Tokens, CudaDecode, ::testing::Values(1, 2, 3, 66),
-                         [](const auto& info) { return "T" + std::to_string(info.param); });
+                         [](const auto& param_info) { return "T" + std::to_string(param_info.param); });
 
 }  // namespace
 }  // namespace flashdelta::testing

@@ -16,7 +16,7 @@ void multiply(HostTensor& tensor, double factor) {
 }
 
 class CudaEdges : public GpuTest, public ::testing::WithParamInterface<DType> {};
-INSTANTIATE_TEST_SUITE_P(, CudaEdges, ::testing::ValuesIn(kDTypes), [](const auto& info) { return short_name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, CudaEdges, ::testing::ValuesIn(kDTypes), [](const auto& param_info) { return short_name(param_info.param); });
 
 TEST_P(CudaEdges, ScaleOfZeroGivesZeroOutputAndAnUnchangedState) {
   Call call = cuda_call({.name = "Scale", .T = 100, .HV = 2, .dtype = GetParam(), .scale = 1});

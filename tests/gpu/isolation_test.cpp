@@ -45,7 +45,8 @@ class CudaIsolation : public GpuTest, public ::testing::WithParamInterface<DType
     }
   }
 };
-INSTANTIATE_TEST_SUITE_P(, CudaIsolation, ::testing::ValuesIn(kDTypes), [](const auto& info) { return short_name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, CudaIsolation, ::testing::ValuesIn(kDTypes),
+                         [](const auto& param_info) { return short_name(param_info.param); });
 
 TEST_P(CudaIsolation, NothingOfOneSequenceShowsInTheOthers) {
   const Call clean = cuda_call(with_dtype(kPacked, GetParam()));

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <deque>
+#include <ostream>
 
 #include "gpu/child.hpp"
 #include "gpu/device_call.hpp"
@@ -180,7 +181,7 @@ const Large kRealUse[] = {
 };
 
 class CudaRealUse : public CudaLarge, public ::testing::WithParamInterface<Large> {};
-INSTANTIATE_TEST_SUITE_P(, CudaRealUse, ::testing::ValuesIn(kRealUse), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(, CudaRealUse, ::testing::ValuesIn(kRealUse), [](const auto& param_info) { return param_info.param.name; });
 
 TEST_P(CudaRealUse, HoldsTheContract) {
   LargeCall call(GetParam());

@@ -36,7 +36,7 @@ HostTensor heads_first(const HostTensor& tensor) {
 }
 
 class CudaLayout : public GpuTest, public ::testing::WithParamInterface<DType> {};
-INSTANTIATE_TEST_SUITE_P(, CudaLayout, ::testing::ValuesIn(kDTypes), [](const auto& info) { return short_name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, CudaLayout, ::testing::ValuesIn(kDTypes), [](const auto& param_info) { return short_name(param_info.param); });
 
 TEST_P(CudaLayout, SlicesOfOnePackedProjectionGiveTheSameBits) {
   Call call = cuda_call(layout_case(GetParam()));

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <ostream>
 
 #include "gpu/child.hpp"
 #include "gpu/device_call.hpp"
@@ -18,6 +19,7 @@ struct Offsets {
   std::vector<std::int64_t> values;
   bool only_int64 = false;
 };
+std::ostream& operator<<(std::ostream& out, const Offsets& offsets) { return out << offsets.name; }
 
 const Offsets kMalformed[] = {
     {"Decreasing", {0, 200, 100, 300}},
@@ -40,7 +42,8 @@ const Offsets kMalformed[] = {
 };
 
 class CudaMalformedOffsets : public GpuTest, public ::testing::WithParamInterface<Offsets> {};
-INSTANTIATE_TEST_SUITE_P(, CudaMalformedOffsets, ::testing::ValuesIn(kMalformed), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(, CudaMalformedOffsets, ::testing::ValuesIn(kMalformed),
+                         [](const auto& param_info) { return param_info.param.name; });
 
 TEST_P(CudaMalformedOffsets, TouchNothingOutsideTheTensors) {
   for (const DType dtype : {DType::bf16, DType::f16}) {

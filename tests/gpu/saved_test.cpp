@@ -58,7 +58,7 @@ void expect_saved(const Call& call, const std::string& context) {
 }
 
 class CudaSaved : public GpuTest, public ::testing::WithParamInterface<DType> {};
-INSTANTIATE_TEST_SUITE_P(, CudaSaved, ::testing::ValuesIn(kDTypes), [](const auto& info) { return short_name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, CudaSaved, ::testing::ValuesIn(kDTypes), [](const auto& param_info) { return short_name(param_info.param); });
 
 TEST_P(CudaSaved, IsWhatTheCpuSaves) {
   for (const int every : {0, 1, 3}) {
