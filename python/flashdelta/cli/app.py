@@ -31,11 +31,12 @@ def _complain(line: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     # The subcommands are imported here, so that importing the entry point costs nothing.
-    import flashdelta
+    from flashdelta import _lib
     from flashdelta.cli import bench, demo, info, run, verify
 
     top = _Parser(prog="flashdelta", description=_DESCRIPTION, epilog=_EPILOG)
-    top.add_argument("--version", action="version", version=f"flashdelta {flashdelta.info()['version']}")
+    version = _lib.library().flashdelta_version().decode()  # `info` would ask the GPU's driver for every --help
+    top.add_argument("--version", action="version", version=f"flashdelta {version}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for module in (info, demo, verify, bench, run):
         made = module.add_parser(commands)

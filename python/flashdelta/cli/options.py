@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import flashdelta
@@ -62,10 +63,15 @@ def add_seed(parser: argparse.ArgumentParser, default: int | None, text: str) ->
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=default, metavar="S", help=text)
 
 
+@functools.cache  # `info` also asks the GPU's driver, which takes its time
+def _sets_here() -> tuple[str, ...]:
+    names = [_SETS_BY_NAME[name.upper()] for name in flashdelta.info()["cpu"]["instruction_sets"]]
+    return tuple(dict.fromkeys(names))
+
+
 def instruction_sets_here() -> list[str]:
     """The instruction sets that this build holds and this processor runs, best first, by the names that calls take."""
-    names = [_SETS_BY_NAME[name.upper()] for name in flashdelta.info()["cpu"]["instruction_sets"]]
-    return list(dict.fromkeys(names))
+    return list(_sets_here())
 
 
 def check_instruction_set(name: str) -> None:
