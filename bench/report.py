@@ -200,7 +200,7 @@ def _plot_ratios(report: dict, path: Path) -> bool:
         at.bar(0, 0, color=_STYLES[name][0], label=f"best other: {LABELS[name]}")
     at.grid(axis="y", alpha=0.3)
     at.set_axisbelow(True)
-    at.legend()
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path)
     return True
 
