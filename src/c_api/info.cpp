@@ -58,8 +58,8 @@ struct Cuda {
 };
 
 std::string cuda_json(const Cuda& found) {
-  std::vector<std::string> devices;
-  for (const cuda::Device& d : found.devices) devices.push_back(device_json(d));
+  std::vector<std::string> devices(found.devices.size());
+  std::transform(found.devices.begin(), found.devices.end(), devices.begin(), device_json);
   return fmt::format(R"({{"built": {}, "devices": {}, "problem": {}}})", cuda::built(), array_of(devices),
                      quoted(std::string_view(found.problem)));
 }
