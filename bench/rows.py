@@ -95,7 +95,7 @@ class Row:
 
 
 def parse_heads(text: str) -> tuple[int, int]:
-    """ "16/64" as (16, 64).
+    """Key and value heads of a layout: (16, 64) of "16/64".
 
     Raises:
         ValueError: the text is not KEY/VALUE with VALUE a multiple of KEY.
@@ -108,7 +108,7 @@ def parse_heads(text: str) -> tuple[int, int]:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """ "8x1024" as eight sequences of 1024 tokens, "4096+4096" as two; both may be mixed.
+    """Lengths of the sequences of a pack: "8x1024" is eight of 1024 tokens, "4096+4096" two; both may be mixed.
 
     Raises:
         ValueError: the text is neither.

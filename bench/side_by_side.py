@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -68,6 +67,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         arguments.rows = _rows(arguments)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.kernels and arguments.device != "cuda":
+        parser.error("--kernels needs --device cuda")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --device cpu makes a dry run")
     if arguments.peers is None:
@@ -354,9 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     run.save()
     reporting.show(run.report)
     print(*(f"wrote {path}" for path in (run._json(), *reporting.write(run.report, run.stem))), sep="\n")
-    medians = [cell["us"] for row in run.report["rows"] for cell in row["libraries"].values() if "us" in cell]
-    if medians:
-        print(f"{len(medians)} cells, median {statistics.median(medians):.0f} us, {time.perf_counter() - start:.0f} s in all")
+    print(f"{len(run.arguments.rows)} rows in {time.perf_counter() - start:.0f} s")
     for text in run.unmet:
         print(f"flashdelta: {text}", file=sys.stderr)
     return code or int(bool(run.unmet) or "flashdelta" in run.report["absent"])
