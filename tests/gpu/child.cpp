@@ -53,6 +53,17 @@ int call_with_offsets() {
     const std::string error = device.launch();
     std::printf("%s: %d %s\n", name, static_cast<int>(device.status()), error.c_str());
   }
+  // A call that is being captured cannot be checked; it must not fail for that.
+  const Stream stream;
+  DeviceCall device(call);
+  if (const std::string error = device.launch(stream.get()); !error.empty()) std::printf("%s\n", error.c_str());
+  stream.synchronize();
+  cudaGraph_t graph = nullptr;
+  check_cuda(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+  const std::string error = device.launch(stream.get());
+  check_cuda(cudaStreamEndCapture(stream.get(), &graph), "cudaStreamEndCapture");
+  cudaGraphDestroy(graph);
+  std::printf("captured: %d %s\n", static_cast<int>(device.status()), error.c_str());
   return cudaDeviceSynchronize() == cudaSuccess ? 0 : 1;
 }
 

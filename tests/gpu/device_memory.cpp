@@ -17,15 +17,18 @@ void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-DeviceBuffer::DeviceBuffer(std::size_t size, std::byte content, std::byte guard, int device) : size_(size), guard_(guard) {
+DeviceBuffer::DeviceBuffer(std::size_t size, std::optional<std::byte> content, std::byte guard, int device) : size_(size), guard_(guard) {
   int current = 0;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");
   check_cuda(cudaSetDevice(device), "cudaSetDevice");
   void* base = nullptr;
   check_cuda(cudaMalloc(&base, size + 2 * kGuardBytes), "cudaMalloc");
   base_ = static_cast<std::byte*>(base);
-  check_cuda(cudaMemset(base_, std::to_integer<int>(guard), size + 2 * kGuardBytes), "cudaMemset");
-  fill(content);
+  for (std::byte* zone : {base_, base_ + kGuardBytes + size}) {
+    check_cuda(cudaMemset(zone, std::to_integer<int>(guard), kGuardBytes), "cudaMemset");
+  }
+  if (content) fill(*content);
+  check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
   check_cuda(cudaSetDevice(current), "cudaSetDevice");
 }
 

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,8 @@ inline constexpr std::byte kGuardByte{0xa5};
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
-  DeviceBuffer(std::size_t size, std::byte content, std::byte guard = kNaNByte, int device = 0);
+  // Without a content: as the driver gives it, for tools that track what was written.
+  DeviceBuffer(std::size_t size, std::optional<std::byte> content, std::byte guard = kNaNByte, int device = 0);
   DeviceBuffer(DeviceBuffer&& other) noexcept;
   DeviceBuffer& operator=(DeviceBuffer&& other) noexcept;
   ~DeviceBuffer();

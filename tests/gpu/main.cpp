@@ -1,4 +1,5 @@
 // flashdelta_gpu_tests [--record=FILE] [GoogleTest options]. Needs an NVIDIA driver and nothing else.
+// FLASHDELTA_TESTS_BARE_WORKSPACE=1 in the environment leaves workspaces as they are allocated, for compute-sanitizer --tool initcheck.
 // With --child=NAME it does the work of a test that needs a fresh process (child.hpp).
 #include <gtest/gtest.h>
 
