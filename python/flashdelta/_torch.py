@@ -190,7 +190,7 @@ def _offsets_to(cu_seqlens, tokens, device):
                 "give a tensor on the device"
             )
         # From pinned memory the copy only joins the stream. Torch keeps the staging bytes until it has been made.
-        staged = torch.empty(cu_seqlens.shape, dtype=cu_seqlens.dtype, pin_memory=True).copy_(cu_seqlens)
+        staged = torch.empty(cu_seqlens.shape, dtype=cu_seqlens.dtype, device="cpu", pin_memory=True).copy_(cu_seqlens)
         return staged.to(device, non_blocking=True)
 
 
