@@ -77,7 +77,7 @@ class Run {
         if (last || warm_up > 0) return;
         float* m = transition(*x.cut, x.head, x.j);
         std::memset(m, 0, static_cast<std::size_t>(at_.transition) * sizeof(float));
-        for (std::int64_t k = 0; k < p_.K; ++k) m[k * leading(p_.K) + k] = 1;
+        for (std::int64_t k = 0; k < p_.K; ++k) m[state_at(p_.K, p_.K, k, k)] = 1;
         return kernels_.backward_state(p_, span, x.head, Pass::transition, m, scratch(thread));
       }
       exact(*x.cut, x.head, x.j) = std::byte{!last && warm_up == 0};

@@ -10,8 +10,19 @@ namespace flashdelta::cpu {
 
 constexpr int kChunk = FLASHDELTA_CHUNK;
 
-// Value columns that the backward holds at a time: halves its value-side tiles at V = 128, which keeps a thread's scratch below 512 KiB.
-constexpr int kValueBlock = 64;
+// What a thread's scratch has to stay within; the widths below are chosen for it.
+constexpr std::int64_t kScratchBytes = 512 << 10;
+
+// Tokens that the backward works on at a time: half a chunk. Its tiles of keys take half the room then. The state between the halves costs
+// one more step of the forward, products of tokens with tokens half of what they would: together no more work at K = V = 128.
+constexpr int kHalf = kChunk / 2;
+
+// Value columns that are worked on at a time. A row of them is two cache lines, the widest panel of a product: tiles of such rows use all
+// sets of the L1 cache with no padding.
+constexpr int kValueBlock = 32;
+
+// Key columns of which the backward makes dq at a time.
+constexpr int kKeyBlock = 64;
 
 // Padding of tile widths, in floats: the widest SIMD vector (AVX-512), so that no product has a ragged last vector.
 constexpr std::int64_t kPad = 16;
@@ -35,7 +46,8 @@ constexpr std::int64_t leading(std::int64_t width) {
   return (p / kPad) % 2 == 0 ? p + kPad : p;
 }
 
-// Row stride of chunk x chunk matrices.
-constexpr std::int64_t kSquare = leading(kChunk);
+// Row stride of C x C matrices, C a chunk or half of one.
+template <int C>
+constexpr std::int64_t kSquare = C > kValueBlock ? leading(C) : C;
 
 }  // namespace flashdelta::cpu

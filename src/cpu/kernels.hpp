@@ -1,6 +1,7 @@
 // What the schedulers (forward.cpp, backward.cpp, recurrent.cpp) ask of one instruction set's build of the kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/config.hpp"
@@ -20,26 +21,34 @@ enum class Pass : std::uint8_t {
   transition,  // the same with v (or d_o) = 0: what the segment makes of a state, columns independent, so `state` may be [K, K]
 };
 
+// A state, or its gradient, while it is worked on: value columns in blocks of kValueBlock, each [padded(K), padded(its columns)]. Products
+// then read a block from end to end. What pads it is zero.
+constexpr std::int64_t state_floats(std::int64_t K, std::int64_t width) { return padded(K) * padded(width); }
+constexpr std::int64_t state_at(std::int64_t K, std::int64_t width, std::int64_t k, std::int64_t v) {
+  const std::int64_t v0 = v / kValueBlock * kValueBlock;
+  return v0 * padded(K) + k * padded(std::min<std::int64_t>(kValueBlock, width - v0)) + v - v0;
+}
+
 struct Kernels {
-  // Runs the chunks of `span` for value head h. `state` [K, leading(width)] is the state before them and becomes that after them;
-  // width is V, or K for Pass::transition. scratch: forward_scratch() floats, 64-byte aligned.
+  // Runs the chunks of `span` for value head h. `state` is the state before them and becomes that after them; its width is V, or K for
+  // Pass::transition. scratch: forward_scratch() floats, 64-byte aligned.
   void (*forward)(const op::Problem&, const Span&, std::int64_t h, Pass, float* state, float* scratch);
 
   // The reverse chain for one value head: `d_state` is the gradient after the span and becomes that before it.
   void (*backward_state)(const op::Problem&, const Span&, std::int64_t h, Pass, float* d_state, float* scratch);
 
-  // Gradients of key head hk and its value heads over `span`. d_states holds HV / H of the above, state_floats() apart. gate_sums
+  // Gradients of key head hk and its value heads over `span`. d_states holds HV / H of the above, one behind the other. gate_sums
   // [HV / H][2] gathers the parts of dA_log and d_dt_bias.
   void (*backward)(const op::Problem&, const Span&, std::int64_t hk, float* d_states, double* gate_sums, float* scratch);
 
   // All tokens of sequence n, value head h, token by token.
   void (*recurrent)(const op::Problem&, std::int64_t n, std::int64_t h, float* scratch);
 
-  // state [K, leading(V)] from / to a states tensor's (n, h); an absent source means zero.
+  // state from / to a states tensor's (n, h); an absent source means zero.
   void (*load_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, float* state);
   void (*store_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, const float* state);
 
-  // b += m * s for m [K, K] and s, b [K, V], with their leading() strides: one step of the scan over segments.
+  // b += m * s for the transition m and states s, b: one step of the scan over segments.
   void (*apply_transition)(std::int64_t K, std::int64_t V, const float* m, const float* s, float* b);
 
   // Multiply-adds per second in registers, for `seconds`: the peak that benchmarks compare with.
@@ -56,6 +65,5 @@ const Kernels* find_kernels(flashdelta_instruction_set set);
 std::int64_t forward_scratch(const op::Problem& p);
 std::int64_t backward_scratch(const op::Problem& p);
 std::int64_t recurrent_scratch(const op::Problem& p);
-constexpr std::int64_t state_floats(std::int64_t K, std::int64_t width) { return K * leading(width); }
 
 }  // namespace flashdelta::cpu

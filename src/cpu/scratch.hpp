@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/config.hpp"
+#include "cpu/kernels.hpp"
 #include "op/problem.hpp"
 
 namespace flashdelta::cpu {
@@ -25,94 +26,86 @@ class Cutter {
   std::int64_t used_ = 0;
 };
 
-// Floats that a float64 chunk x chunk matrix takes: `wide`, for the inverse, in a tile that is not in use yet.
-constexpr std::int64_t kWide = 2 * kChunk * kChunk;
+// Floats that a float64 C x C matrix takes: `wide`, for the inverse, in a tile that is not in use yet.
+constexpr std::int64_t wide_floats(std::int64_t C) { return 2 * C * C; }
 
-// Forward. R holds q, then v, R, and o. kT lives until R is made, then U takes its place.
+// Forward, by blocks of kValueBlock value columns. Before they are transposed a chunk's q and k stand in `rows`, over the tiles from T on.
+// T is L first, and inverted over G, R and U; R becomes o.
 struct ForwardScratch {
   double* wide;
-  float *k, *qT, *R, *U, *kT, *L, *G, *T, *P;
+  float *rows, *kT, *qT, *T, *P, *G, *R, *U;
   std::int64_t used;
 
   ForwardScratch(const op::Problem& p, float* base) {
-    const std::int64_t keys = kChunk * leading(p.K), values = kChunk * leading(std::max(p.K, p.V)), square = kChunk * kSquare;
+    constexpr std::int64_t square = kChunk * kSquare<kChunk>, values = kChunk * kValueBlock;
+    static_assert(square + 2 * values >= wide_floats(kChunk) && 3 * square + 2 * values >= kChunk * leading(256));
     Cutter cut(base);
-    k = cut.take(keys);
-    qT = cut.take(padded(p.K) * kSquare);
-    R = cut.take(std::max(values, kWide));
-    wide = reinterpret_cast<double*>(R);
-    U = kT = cut.take(std::max(values, padded(p.K) * kSquare));
-    L = cut.take(square);
-    G = cut.take(square);
-    T = cut.take(square);
-    P = cut.take(square);
+    kT = cut.take(padded(p.K) * kSquare<kChunk>);
+    qT = cut.take(padded(p.K) * kSquare<kChunk>);
+    for (float** tile : {&T, &P, &G}) *tile = cut.take(square);
+    R = cut.take(values);
+    U = cut.take(values);
+    rows = T;
+    wide = reinterpret_cast<double*>(G);
     used = cut.used();
   }
 };
 
-// The reverse chain alone.
+// The reverse chain alone, as above.
 struct BackwardStateScratch {
   double* wide;
-  float *k, *q, *d_o, *dU, *dX, *kT, *L, *G, *T, *P;
+  float *rows, *kT, *qT, *T, *P, *G, *d_o, *dU, *dX;
   std::int64_t used;
 
   BackwardStateScratch(const op::Problem& p, float* base) {
-    const std::int64_t keys = kChunk * leading(p.K), values = kChunk * leading(std::max(p.K, p.V)), square = kChunk * kSquare;
+    const ForwardScratch s(p, base);
+    wide = s.wide, rows = s.rows, kT = s.kT, qT = s.qT, T = s.T, P = s.P, G = s.G, d_o = s.R, dU = s.U;
     Cutter cut(base);
-    k = cut.take(keys);
-    q = cut.take(keys);
-    d_o = cut.take(std::max(values, kWide));
-    wide = reinterpret_cast<double*>(d_o);
-    dU = kT = cut.take(std::max(values, padded(p.K) * kSquare));
-    dX = cut.take(values);
-    L = cut.take(square);
-    G = cut.take(square);
-    T = cut.take(square);
-    P = cut.take(square);
+    cut.take(s.used);
+    dX = cut.take(kChunk * kValueBlock);
     used = cut.used();
   }
 };
 
-// Backward, by blocks of kValueBlock value columns. kT lives only until k k^T and q k^T are made, then the value tiles take its place;
-// W (K wide) takes R's and U's place when those are done with. L's buffer becomes dP, G's becomes dL, and T's the second G.
+// Backward, by halves of a chunk and blocks of kValueBlock value columns. Tiles of keys and of their gradients are transposed,
+// [padded(K), kHalf]; on their way in and out they stand row by row in `rows`, S's tile. G is first dL's tile, then T's. The inverse is
+// made over R and kS, whose place W, kKeyBlock key columns of dq, takes when they are done with; dX transposed takes U's, dU d_oT's.
 struct BackwardScratch {
   double* wide;
-  float *k, *q, *dq, *dk, *R, *U, *d_o, *dX, *UT, *kT, *W, *S, *ST, *kk, *qk, *T, *P, *dP, *dL;
-  float* states;  // [checkpoint_chunks][HV / H] recomputed states; null where every state is saved
+  float *kT, *qT, *dqT, *dkT, *S, *rows, *R, *kS, *W, *U, *dXT, *d_o, *d_oT, *dX, *UT, *kk, *qk, *T, *P, *dP, *dL, *E, *N;
+  float *kT_first, *kk_first, *T_first;  // of the chunk's first half, while the second is worked on
+  float* states;                         // [checkpoint_chunks][HV / H] recomputed states; null where every state is saved
   std::int64_t used;
 
   BackwardScratch(const op::Problem& p, float* base) {
-    const std::int64_t keys = kChunk * leading(p.K), square = kChunk * kSquare, values = kChunk * leading(kValueBlock);
+    const std::int64_t keys = padded(p.K) * kHalf, values = kHalf * kValueBlock, square = kHalf * kSquare<kHalf>;
+    static_assert(2 * values >= kKeyBlock * kHalf && 2 * values >= wide_floats(kHalf));
     Cutter cut(base);
-    k = cut.take(keys);
-    q = cut.take(keys);
-    dq = cut.take(kChunk * padded(p.K));
-    dk = cut.take(kChunk * padded(p.K));
-    R = kT = W = cut.take(values);
+    for (float** tile : {&kT, &qT, &kT_first, &dqT, &dkT}) *tile = cut.take(keys);
+    S = rows = cut.take(std::max<std::int64_t>(keys, padded(p.K) * kValueBlock));
+    for (float** tile : {&R, &kS, &U, &d_o, &d_oT, &dX, &UT}) *tile = cut.take(values);
+    W = R;
     wide = reinterpret_cast<double*>(R);
-    U = cut.take(std::max(values, keys - values));
-    d_o = cut.take(values);
-    dX = cut.take(values);
-    UT = cut.take(kValueBlock * kSquare);
-    S = cut.take(padded(p.K) * leading(kValueBlock));
-    ST = cut.take(kValueBlock * leading(p.K));
-    kk = cut.take(square);
-    qk = cut.take(square);
-    T = cut.take(square);
-    P = cut.take(square);
-    dP = cut.take(square);
-    dL = cut.take(square);
+    dXT = U;
+    for (float** tile : {&kk, &kk_first, &qk, &T, &T_first, &P, &dP, &dL}) *tile = cut.take(square);
+    E = dP;
+    N = dL;
+    if (p.HV > p.H) {  // their sums over the value heads
+      E = cut.take(square);
+      N = cut.take(square);
+    }
     states = nullptr;
     if (p.checkpoint_chunks > 1) {
       // The recomputation borrows the tiles above for its own.
       cut.take(std::max<std::int64_t>(0, ForwardScratch(p, nullptr).used - cut.used()));
-      states = cut.take((p.checkpoint_chunks + 1) * (p.HV / p.H) * p.K * leading(p.V));
+      states = cut.take(p.checkpoint_chunks * (p.HV / p.H) * state_floats(p.K, p.V));
     }
     used = cut.used();
   }
 };
 
-// Token by token: the state with value columns as rows, and the tile through which it is transposed.
+// Token by token: the state with value columns as rows, and the tile through which it is transposed, some columns at a time.
+constexpr std::int64_t kTransposed = 64;
 struct RecurrentScratch {
   float *S, *tile, *k, *q, *v, *o;
   std::int64_t used;
@@ -120,7 +113,7 @@ struct RecurrentScratch {
   RecurrentScratch(const op::Problem& p, float* base) {
     Cutter cut(base);
     S = cut.take(padded(p.V) * padded(p.K));
-    tile = cut.take(padded(p.K) * leading(p.V));
+    tile = cut.take(padded(p.K) * leading(std::min(p.V, kTransposed)));
     k = cut.take(padded(p.K));
     q = cut.take(padded(p.K));
     v = cut.take(padded(p.V));

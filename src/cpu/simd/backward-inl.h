@@ -12,45 +12,45 @@ HWY_BEFORE_NAMESPACE();
 namespace flashdelta::cpu {
 namespace HWY_NAMESPACE {
 
-constexpr Index kLdB = leading(kValueBlock);
+constexpr Index kH = kHalf;
+constexpr Index kLdH = kSquare<kHalf>;
+constexpr Index kLdB = kValueBlock;
 
 HWY_INLINE void LoadOrZero(const op::Tensor& x, const Place& at, Index h, Index c0, Index width, float* tile, Index ld) {
   if (x) return LoadTile(x, at.b, at.t, at.rows, at.m, h, c0, width, tile, ld);
   for (Index i = 0; i < at.m; ++i) Fill(tile + i * ld, padded(width));
 }
 
+// One block of value columns of the reverse chain, dS its part of the state's gradient.
+HWY_INLINE void BackwardStateBlock(const op::Problem& p, const Place& at, Index h, bool with_o, Index v0, Index w, const Gates& gates,
+                                   float* dS, const BackwardStateScratch& s) {
+  constexpr Index ldt = kSquare<kC>;
+  const Index m = at.m, wp = padded(w);
+  if (with_o) LoadTile(p.d_o, at.b, at.t, at.rows, m, h, v0, w, s.d_o, kLdB);
+  Gemm(m, w, p.K, {s.kT, 1, ldt}, {dS, wp}, {.data = s.dU, .ld = kLdB, .rows = gates.tail});
+  if (with_o) Gemm(m, w, m, {s.P, 1, ldt}, {s.d_o, kLdB}, {.data = s.dU, .ld = kLdB, .c0 = 1}, Shape::left_upper);
+  Gemm(m, w, m, {s.T, 1, ldt}, {s.dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper);
+  for (Index i = 0; i < m; ++i) {
+    ScaleRow(s.dX + i * kLdB, gates.gam[i] * gates.beta[i], wp);
+    if (with_o) ScaleRow(s.d_o + i * kLdB, gates.gam[i], wp);
+  }
+  Gemm(p.K, w, at.rows, {s.kT, ldt, 1}, {s.dX, kLdB}, {.data = dS, .ld = wp, .c0 = gates.gl, .alpha = -1});
+  if (with_o) Gemm(p.K, w, at.rows, {s.qT, ldt, 1}, {s.d_o, kLdB}, {.data = dS, .ld = wp, .c0 = 1});
+}
+
 void BackwardState(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, float* d_state, float* scratch) {
-  const Index width = pass == Pass::transition ? p.K : p.V;
-  const Index ld = leading(width), ldk = leading(p.K), hk = h / (p.HV / p.H);
+  const Index width = pass == Pass::transition ? p.K : p.V, hk = h / (p.HV / p.H);
   const bool with_o = pass != Pass::transition && p.d_o;
   const BackwardStateScratch s(p, scratch);
   Gates gates;
   for (Index chunk = span.last - 1; chunk >= span.first; --chunk) {
     const Place at = PlaceOf(p, span.n, chunk);
-    const Index m = at.m;
     LoadGates(p, at, h, gates);
-    LoadNormed(p, p.k, at, hk, 1, s.k, nullptr);
-    Transpose(m, padded(p.K), s.k, ldk, s.kT, kLdC);
-    TimesKeys(p, {s.kT, 1, kLdC}, s.kT, m, s.L);
-    Decays(gates, m, s.G);
-    if (with_o) {
-      LoadNormed(p, p.q, at, hk, static_cast<float>(p.scale), s.q, nullptr);
-      TimesKeys(p, {s.q, ldk, 1}, s.kT, m, s.P);
-      MaskedByDecay(s.P, s.G, m, s.P);
+    PrepareChunk(p, at, hk, with_o, gates, s);
+    for (Index v0 = 0; v0 < width; v0 += kValueBlock) {
+      const Index w = std::min<Index>(kValueBlock, width - v0);
+      BackwardStateBlock(p, at, h, with_o, v0, w, gates, d_state + v0 * padded(p.K), s);
     }
-    MakeL(s.L, s.G, gates, m, s.L);
-    Inverse(s.L, m, s.wide, s.T);
-    if (with_o) LoadTile(p.d_o, at.b, at.t, at.rows, m, h, 0, width, s.d_o, ld);
-
-    Gemm(m, width, p.K, {s.k, ldk, 1}, {d_state, ld}, {.data = s.dU, .ld = ld, .rows = gates.tail});
-    if (with_o) Gemm(m, width, m, {s.P, 1, kLdC}, {s.d_o, ld}, {.data = s.dU, .ld = ld, .c0 = 1}, Shape::left_upper);
-    Gemm(m, width, m, {s.T, 1, kLdC}, {s.dU, ld}, {.data = s.dX, .ld = ld}, Shape::left_upper);
-    for (Index i = 0; i < m; ++i) {
-      ScaleRow(s.dX + i * ld, gates.gam[i] * gates.beta[i], padded(width));
-      if (with_o) ScaleRow(s.d_o + i * ld, gates.gam[i], padded(width));
-    }
-    Gemm(p.K, width, at.rows, {s.k, 1, ldk}, {s.dX, ld}, {.data = d_state, .ld = ld, .c0 = gates.gl, .alpha = -1});
-    if (with_o) Gemm(p.K, width, at.rows, {s.q, 1, ldk}, {s.d_o, ld}, {.data = d_state, .ld = ld, .c0 = 1});
   }
 }
 
@@ -64,88 +64,145 @@ struct GateGradient {
   double crossing[kC] = {};  // sum over j >= i > m of dP P + dL L
 };
 
-// to[i] += x[i] . W[i] and out[i] += W[i]: the dot is taken of this part alone, before it is lost in the sum over parts and value heads.
-HWY_INLINE void AddAndDot(const float* W, const float* x, Index ldx, Index m, Index n, float* out, double* to) {
+// One value head's half chunk. Before the second half stands the first, across which the state is carried.
+struct Halves {
+  Place at, first;
+  bool second;
+  Gates gates, first_gates;
+};
+
+// out += W, and to[i] += the sum over n key columns of x W at token i, all transposed: the dot is taken of this part alone, before it is
+// lost in the sum over parts and value heads.
+HWY_NOINLINE void AddAndDot(const float* W, const float* x, Index n, Index m, float* out, double* to) {
+  const DF d;
+  constexpr int kVecs = kH / kLanes;
+  HWY_ALIGN_MAX float sums[kH];
+  VF sum[kVecs];
+  FLASHDELTA_UNROLL(8) for (int u = 0; u < kVecs; ++u) sum[u] = hn::Zero(d);
+  for (Index j = 0; j < n; ++j, W += kLdH, x += kLdH, out += kLdH) {
+    FLASHDELTA_UNROLL(8) for (int u = 0; u < kVecs; ++u) {
+      const VF w = hn::LoadU(d, W + u * kLanes);
+      sum[u] = hn::MulAdd(w, hn::LoadU(d, x + u * kLanes), sum[u]);
+      hn::StoreU(hn::Add(w, hn::LoadU(d, out + u * kLanes)), d, out + u * kLanes);
+    }
+  }
+  FLASHDELTA_UNROLL(8) for (int u = 0; u < kVecs; ++u) hn::StoreU(sum[u], d, sums + u * kLanes);
+  for (Index i = 0; i < m; ++i) to[i] += static_cast<double>(sums[i]);
+}
+
+// R = v - gam kS in v's tile, X = beta R.
+HWY_INLINE void Residual(const Gates& gates, const float* kS, Index m, Index wp, float* R, float* X) {
   const DF d;
   for (Index i = 0; i < m; ++i) {
-    VF sum = hn::Zero(d);
-    for (Index j = 0; j < n; j += kLanes) {
-      const VF w = hn::LoadU(d, W + i * n + j);
-      sum = hn::MulAdd(w, hn::LoadU(d, x + i * ldx + j), sum);
-      hn::StoreU(hn::Add(w, hn::LoadU(d, out + i * n + j)), d, out + i * n + j);
+    const VF gam = hn::Set(d, gates.gam[i]), beta = hn::Set(d, gates.beta[i]);
+    for (Index j = i * kLdB; j < i * kLdB + wp; j += kLanes) {
+      const VF r = hn::NegMulAdd(gam, hn::LoadU(d, kS + j), hn::LoadU(d, R + j));
+      hn::StoreU(r, d, R + j);
+      hn::StoreU(hn::Mul(beta, r), d, X + j);
     }
-    to[i] += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, sum)));
   }
 }
 
-// One block of value columns: R, U, dU, dX; adds to dP, dL, dq, dk; stores dv; moves d_state to before the chunk.
-HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Place& at, Index h, Index v0, const op::Tensor& S, Index slot,
-                                const Gates& gates, float* d_state, const BackwardScratch& s, GateGradient& sum) {
-  const Index m = at.m, ldk = leading(p.K), ldq = padded(p.K), ldv = leading(p.V);
-  const Index w = std::min<Index>(kValueBlock, p.V - v0), wp = padded(w);
-  const float c0 = v0 == 0 ? 0.0F : 1.0F;
-  float* dS = d_state + v0;
-  for (Index i = 0; i < p.K; ++i) {
-    LoadRow(S.dtype, S.at(slot, h, i, v0), S.stride[3], w, s.S + i * kLdB);
-    Fill(s.S + i * kLdB + w, wp - w);
-    sum.state += static_cast<double>(gates.gl) * static_cast<double>(Dot(s.S + i * kLdB, dS + i * ldv, wp));
+// Sum over a block of S dS', a few rows at a time in float.
+HWY_INLINE double StateDot(const float* S, const float* dS, Index rows, Index wp) {
+  const DF d;
+  double total = 0;
+  for (Index i0 = 0; i0 < rows; i0 += 8) {
+    VF s0 = hn::Zero(d), s1 = hn::Zero(d);
+    for (Index i = i0; i < i0 + 8; i += 2) {
+      for (Index j = 0; j < wp; j += kLanes) {
+        s0 = hn::MulAdd(hn::LoadU(d, S + i * kLdB + j), hn::LoadU(d, dS + i * wp + j), s0);
+        s1 = hn::MulAdd(hn::LoadU(d, S + (i + 1) * kLdB + j), hn::LoadU(d, dS + (i + 1) * wp + j), s1);
+      }
+    }
+    total += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(s0, s1))));
   }
-  for (Index i = p.K; i < padded(p.K); ++i) Fill(s.S + i * kLdB, wp);
+  return total;
+}
 
-  LoadTile(p.v, at.b, at.t, at.rows, m, h, v0, w, s.R, kLdB);
-  Gemm(m, w, p.K, {s.k, ldk, 1}, {s.S, kLdB}, {.data = s.R, .ld = kLdB, .c0 = 1, .alpha = -1, .rows = gates.gam});
-  for (Index i = 0; i < m; ++i) {  // X, in dX's tile for the moment
-    std::memcpy(s.dX + i * kLdB, s.R + i * kLdB, static_cast<std::size_t>(wp) * sizeof(float));
-    ScaleRow(s.dX + i * kLdB, gates.beta[i], wp);
+// S from the state in front of the chunk to that in front of its second half, a block of value columns.
+HWY_INLINE void CarryAcross(const op::Problem& p, const Halves& x, Index h, Index v0, Index w, const BackwardScratch& s) {
+  const Place& at = x.first;
+  LoadTile(p.v, at.b, at.t, at.rows, at.m, h, v0, w, s.R, kLdB);
+  Gemm(at.m, w, p.K, {s.kT_first, 1, kLdH}, {s.S, kLdB}, {.data = s.R, .ld = kLdB, .c0 = 1, .alpha = -1, .rows = x.first_gates.gam});
+  Gemm(at.m, w, at.m, {s.T_first, kLdH, 1}, {s.R, kLdB}, {.data = s.U, .ld = kLdB, .rows = x.first_gates.tail}, Shape::left_lower);
+  Gemm(p.K, w, at.rows, {s.kT_first, kLdH, 1}, {s.U, kLdB}, {.data = s.S, .ld = kLdB, .c0 = x.first_gates.gl});
+}
+
+// A block of value columns of what reaches q, k and the state in front through the state: from gam do, gam b dX, and U.
+HWY_INLINE void BackwardKeys(const op::Problem& p, const Halves& x, Index w, float* dS, const BackwardScratch& s, GateGradient& sum) {
+  const Index m = x.at.m, wp = padded(w);
+  for (Index i = 0; i < m; ++i) {
+    ScaleRow(s.d_o + i * kLdB, x.gates.gam[i], wp);
+    ScaleRow(s.dX + i * kLdB, x.gates.gam[i] * x.gates.beta[i], wp);
+    ScaleRow(s.U + i * kLdB, x.gates.tail[i], wp);
   }
-  Gemm(m, w, m, {s.T, kLdC, 1}, {s.dX, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower);
-  Transpose(m, wp, s.U, kLdB, s.UT, kLdC);
+  Transpose(m, wp, s.U, kLdB, s.UT, kLdH);
+  Transpose(m, wp, s.d_o, kLdB, s.d_oT, kLdH);
+  Transpose(m, wp, s.dX, kLdB, s.dXT, kLdH);
+  for (Index k0 = 0; k0 < p.K; k0 += kKeyBlock) {
+    const Index n = std::min<Index>(kKeyBlock, p.K - k0);
+    Gemm(n, m, w, {s.S + k0 * kLdB, kLdB, 1}, {s.d_oT, kLdH}, {.data = s.W, .ld = kLdH});
+    AddAndDot(s.W, s.qT + k0 * kLdH, n, m, s.dqT + k0 * kLdH, sum.read);
+  }
+  Gemm(p.K, m, w, {s.S, kLdB, 1}, {s.dXT, kLdH}, {.data = s.dkT, .ld = kLdH, .c0 = 1, .alpha = -1});
+  Gemm(p.K, m, w, {dS, wp, 1}, {s.UT, kLdH}, {.data = s.dkT, .ld = kLdH, .c0 = 1});
+
+  Gemm(p.K, w, x.at.rows, {s.qT, kLdH, 1}, {s.d_o, kLdB}, {.data = dS, .ld = wp, .c0 = x.gates.gl});
+  Gemm(p.K, w, x.at.rows, {s.kT, kLdH, 1}, {s.dX, kLdB}, {.data = dS, .ld = wp, .c0 = 1, .alpha = -1});
+}
+
+// One block of value columns: R, U, dU, dX; adds to dP, dL, dq, dk; stores dv; moves its part dS of the state's gradient to before the half
+// chunk. s.S holds the state in front of the chunk.
+HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Halves& x, Index h, Index v0, float* dS, const BackwardScratch& s,
+                                GateGradient& sum) {
+  const Place& at = x.at;
+  const Gates& gates = x.gates;
+  const Index m = at.m, w = std::min<Index>(kValueBlock, p.V - v0), wp = padded(w);
+  const float c0 = v0 == 0 ? 0.0F : 1.0F;
+  if (x.second) CarryAcross(p, x, h, v0, w, s);
+  sum.state += static_cast<double>(gates.gl) * StateDot(s.S, dS, padded(p.K), wp);
+
+  // Columns that pad are written too, from zeros: the dots below run over them.
+  LoadTile(p.v, at.b, at.t, at.rows, m, h, v0, w, s.R, kLdB);
+  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {s.S, kLdB}, {.data = s.kS, .ld = kLdB});
+  float* X = s.dX;
+  Residual(gates, s.kS, m, wp, s.R, X);
+  Gemm(m, wp, m, {s.T, kLdH, 1}, {X, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower);
 
   LoadOrZero(p.d_o, at, h, v0, w, s.d_o, kLdB);
-  float* dU = s.U;
-  Gemm(m, w, p.K, {s.k, ldk, 1}, {dS, ldv}, {.data = dU, .ld = kLdB, .rows = gates.tail});
-  Gemm(m, w, m, {s.P, 1, kLdC}, {s.d_o, kLdB}, {.data = dU, .ld = kLdB, .c0 = 1}, Shape::left_upper);
-  Gemm(m, w, m, {s.T, 1, kLdC}, {dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper);
+  float* dU = s.d_oT;
+  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {dS, wp}, {.data = dU, .ld = kLdB, .rows = gates.tail});
+  for (Index i = 0; i < m; ++i) sum.write[i] += static_cast<double>(Dot(s.U + i * kLdB, dU + i * kLdB, wp));
+  Gemm(m, wp, m, {s.P, 1, kLdH}, {s.d_o, kLdB}, {.data = dU, .ld = kLdB, .c0 = 1}, Shape::left_upper);
+  Gemm(m, wp, m, {s.T, 1, kLdH}, {dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper);
   for (Index i = 0; i < m; ++i) {
+    const float *dX = s.dX + i * kLdB, *kS = s.kS + i * kLdB;
     float* row = s.R + i * kLdB;
-    sum.beta[i] += Dot(s.dX + i * kLdB, row, wp);
-    std::memcpy(row, s.dX + i * kLdB, static_cast<std::size_t>(wp) * sizeof(float));
+    sum.beta[i] += Dot(dX, row, wp);
+    sum.read[i] -= static_cast<double>(gates.gam[i] * gates.beta[i]) * static_cast<double>(Dot(dX, kS, wp));
+    std::memcpy(row, dX, static_cast<std::size_t>(wp) * sizeof(float));
     ScaleRow(row, gates.beta[i], wp);
   }
   if (p.dv) StoreTile(p.dv, at.b, at.t, at.rows, h, v0, w, s.R, kLdB);
 
-  Gemm(m, m, w, {s.d_o, kLdB, 1}, {s.UT, kLdC}, {.data = s.dP, .ld = kLdC, .c0 = c0}, Shape::out_lower);
-  Gemm(m, m, w, {s.dX, kLdB, 1}, {s.UT, kLdC}, {.data = s.dL, .ld = kLdC, .c0 = c0, .alpha = -1}, Shape::out_lower);
-
-  for (Index i = 0; i < m; ++i) {
-    ScaleRow(s.d_o + i * kLdB, gates.gam[i], wp);
-    ScaleRow(s.dX + i * kLdB, gates.gam[i] * gates.beta[i], wp);
-  }
-  Transpose(padded(p.K), wp, s.S, kLdB, s.ST, ldk);
-  Gemm(m, ldq, w, {s.d_o, kLdB, 1}, {s.ST, ldk}, {.data = s.W, .ld = ldq});
-  AddAndDot(s.W, s.q, ldk, m, ldq, s.dq, sum.read);
-  Gemm(m, ldq, w, {s.dX, kLdB, 1}, {s.ST, ldk}, {.data = s.W, .ld = ldq, .alpha = -1});
-  AddAndDot(s.W, s.k, ldk, m, ldq, s.dk, sum.read);
-  for (Index i = 0; i < p.K; ++i) std::memcpy(s.S + i * kLdB, dS + i * ldv, static_cast<std::size_t>(wp) * sizeof(float));
-  Transpose(padded(p.K), wp, s.S, kLdB, s.ST, ldk);
-  Gemm(m, ldq, w, {s.UT, 1, kLdC}, {s.ST, ldk}, {.data = s.W, .ld = ldq, .rows = gates.tail});
-  AddAndDot(s.W, s.k, ldk, m, ldq, s.dk, sum.write);
-
-  Gemm(p.K, w, at.rows, {s.q, 1, ldk}, {s.d_o, kLdB}, {.data = dS, .ld = ldv, .c0 = gates.gl});
-  Gemm(p.K, w, at.rows, {s.k, 1, ldk}, {s.dX, kLdB}, {.data = dS, .ld = ldv, .c0 = 1, .alpha = -1});
+  Transpose(m, wp, s.U, kLdB, s.UT, kLdH);
+  Gemm(m, m, w, {s.d_o, kLdB, 1}, {s.UT, kLdH}, {.data = s.dP, .ld = kLdH, .c0 = c0}, Shape::out_lower);
+  Gemm(m, m, w, {s.dX, kLdB, 1}, {s.UT, kLdH}, {.data = s.dL, .ld = kLdH, .c0 = c0, .alpha = -1}, Shape::out_lower);
+  BackwardKeys(p, x, w, dS, s, sum);
 }
 
-// From dP and dL: E, N, their products with q and k, and what they give to dg and dbeta.
-HWY_NOINLINE void BackwardSquare(const op::Problem& p, const Place& at, const Gates& gates, const BackwardScratch& s, GateGradient& sum) {
-  const Index m = at.m, ldk = leading(p.K), ldq = padded(p.K);
+// From dP and dL: E, N, their sums over the value heads, and what they give to dg and dbeta.
+HWY_NOINLINE void BackwardSquare(const Place& at, const Gates& gates, bool first_head, const BackwardScratch& s, GateGradient& sum) {
+  const Index m = at.m;
   float* G = s.T;
-  Decays(gates, m, G);
-  MaskedByDecay(s.dP, G, m, s.dP);
-  MaskedByDecay(s.dL, G, m, s.dL);
-  double columns[kC] = {}, rows[kC] = {};
+  Decays<kH>(gates, m, G);
+  MaskedByDecay<kH>(s.dP, G, m, s.dP);
+  MaskedByDecay<kH>(s.dL, G, m, s.dL);
+  double columns[kH] = {}, rows[kH] = {};
   for (Index i = 0; i < at.rows; ++i) {
-    const float *E = s.dP + i * kLdC, *qk = s.qk + i * kLdC, *kk = s.kk + i * kLdC;
-    float* N = s.dL + i * kLdC;
+    const float *E = s.dP + i * kLdH, *qk = s.qk + i * kLdH, *kk = s.kk + i * kLdH;
+    float* N = s.dL + i * kLdH;
     N[i] = 0;
     double beta = 0, row = 0;
     for (Index j = 0; j < i; ++j) {
@@ -159,18 +216,22 @@ HWY_NOINLINE void BackwardSquare(const op::Problem& p, const Place& at, const Ga
     rows[i] = row;
   }
   for (Index i = 0; i < m; ++i) {
-    if (i >= at.rows) s.dL[i * kLdC + i] = 0;
-    ScaleRow(s.dL + i * kLdC, gates.beta[i], padded(i + 1));
+    if (i >= at.rows) s.dL[i * kLdH + i] = 0;
+    ScaleRow(s.dL + i * kLdH, gates.beta[i], padded(i + 1));
   }
   double crossing = 0;
   for (Index i = at.rows - 1; i >= 0; --i) {
     crossing += rows[i] - columns[i];
     sum.crossing[i] = crossing;
   }
-  Gemm(m, p.K, m, {s.dP, kLdC, 1}, {s.k, ldk}, {.data = s.dq, .ld = ldq, .c0 = 1}, Shape::left_lower);
-  Gemm(m, p.K, m, {s.dL, kLdC, 1}, {s.k, ldk}, {.data = s.dk, .ld = ldq, .c0 = 1}, Shape::left_lower);
-  Gemm(m, p.K, m, {s.dP, 1, kLdC}, {s.q, ldk}, {.data = s.dk, .ld = ldq, .c0 = 1}, Shape::left_upper);
-  Gemm(m, p.K, m, {s.dL, 1, kLdC}, {s.k, ldk}, {.data = s.dk, .ld = ldq, .c0 = 1}, Shape::left_upper);
+  if (s.E == s.dP) return;
+  if (first_head) {
+    std::memcpy(s.E, s.dP, static_cast<std::size_t>(m * kLdH) * sizeof(float));
+    std::memcpy(s.N, s.dL, static_cast<std::size_t>(m * kLdH) * sizeof(float));
+  } else {
+    AddRow(s.dP, m * kLdH, s.E);
+    AddRow(s.dL, m * kLdH, s.N);
+  }
 }
 
 // dg[i] is the sum of dc[j] over j >= i, each part summed the way in which it cancels nothing.
@@ -206,81 +267,141 @@ HWY_NOINLINE void StoreGateGradients(const op::Problem& p, const Place& at, Inde
 HWY_NOINLINE void StoreNormed(const op::Problem& p, const op::Tensor& out, const Place& at, Index h, float factor, const float* tile,
                               const float* norms, float* d_tile) {
   const DF d;
-  const Index ld = leading(p.K), ldq = padded(p.K);
+  const Index ld = padded(p.K);
   for (Index i = 0; i < at.rows; ++i) {
-    float* row = d_tile + i * ldq;
+    float* row = d_tile + i * ld;
     const float* x = tile + i * ld;
-    const VF along = hn::Set(d, p.qk_l2norm && factor != 0 ? Dot(x, row, ldq) / factor : 0.0F);
+    const VF along = hn::Set(d, p.qk_l2norm && factor != 0 ? Dot(x, row, ld) / factor : 0.0F);
     const VF f = hn::Set(d, factor), r = hn::Set(d, norms[i]);
-    for (Index j = 0; j < ldq; j += kLanes) {
+    for (Index j = 0; j < ld; j += kLanes) {
       const VF across = hn::NegMulAdd(along, hn::LoadU(d, x + j), hn::Mul(f, hn::LoadU(d, row + j)));
       hn::StoreU(hn::Mul(r, across), d, row + j);
     }
   }
-  if (out) StoreTile(out, at.b, at.t, at.rows, h, 0, p.K, d_tile, ldq);
+  if (out) StoreTile(out, at.b, at.t, at.rows, h, 0, p.K, d_tile, ld);
 }
 
-HWY_NOINLINE void BackwardHead(const op::Problem& p, const Place& at, Index h, const op::Tensor& S, Index slot, float* d_state,
-                               double* gate_sums, const BackwardScratch& s) {
-  Gates gates;
+// dq and dk: what is left to add, E's and N's products with the rows of k and q, and the way back through the norms. Tiles that nothing
+// needs any more take those rows.
+HWY_NOINLINE void FinishKeys(const op::Problem& p, const Place& at, Index hk, const BackwardScratch& s, const float* q_norms,
+                             const float* k_norms) {
+  const Index m = at.m, ld = padded(p.K);
+  float *q = s.kT, *k = s.dqT, *dq = s.rows, *dk = s.rows;
+  Transpose(ld, m, s.dqT, kLdH, dq, ld);
+  Transpose(ld, m, s.kT, kLdH, k, ld);
+  Transpose(ld, m, s.qT, kLdH, q, ld);
+  Gemm(m, p.K, m, {s.E, kLdH, 1}, {k, ld}, {.data = dq, .ld = ld, .c0 = 1}, Shape::left_lower);
+  StoreNormed(p, p.dq, at, hk, static_cast<float>(p.scale), q, q_norms, dq);
+
+  Transpose(ld, m, s.dkT, kLdH, dk, ld);
+  Gemm(m, p.K, m, {s.N, kLdH, 1}, {k, ld}, {.data = dk, .ld = ld, .c0 = 1}, Shape::left_lower);
+  Gemm(m, p.K, m, {s.E, 1, kLdH}, {q, ld}, {.data = dk, .ld = ld, .c0 = 1}, Shape::left_upper);
+  Gemm(m, p.K, m, {s.N, 1, kLdH}, {k, ld}, {.data = dk, .ld = ld, .c0 = 1}, Shape::left_upper);
+  StoreNormed(p, p.dk, at, hk, 1, k, k_norms, dk);
+}
+
+// T = (I + L)^-1.
+HWY_INLINE void MakeInverse(const Gates& gates, const float* kk, const float* G, Index m, double* wide, float* T) {
+  MakeL<kH>(kk, G, gates, m, T);
+  Inverse<kH>(m, wide, T);
+}
+
+// One value head of a half chunk: the state in front of the chunk is S's in `slot`, or, where it had to be computed again, `state`.
+HWY_NOINLINE void BackwardHead(const op::Problem& p, Halves& x, Index h, Index slot, const float* state, float* d_state, double* gate_sums,
+                               const BackwardScratch& s) {
   GateGradient sum;
-  LoadGates(p, at, h, gates);
-  float *G = s.dL, *L = s.dP;
-  Decays(gates, at.m, G);
-  MakeL(s.kk, G, gates, at.m, L);
-  MaskedByDecay(s.qk, G, at.m, s.P);
-  Inverse(L, at.m, s.wide, s.T);
-  for (Index v0 = 0; v0 < p.V; v0 += kValueBlock) BackwardBlock(p, at, h, v0, S, slot, gates, d_state, s, sum);
-  BackwardSquare(p, at, gates, s, sum);
-  StoreGateGradients(p, at, h, gates, sum, gate_sums);
+  float* G = s.dL;
+  if (x.second) {
+    LoadGates(p, x.first, h, x.first_gates);
+    Decays<kH>(x.first_gates, x.first.m, G);
+    MakeInverse(x.first_gates, s.kk_first, G, x.first.m, s.wide, s.T_first);
+    ScaleColumns<kH>(s.T_first, x.first_gates.beta, x.first.m);
+  }
+  LoadGates(p, x.at, h, x.gates);
+  Decays<kH>(x.gates, x.at.m, G);
+  MaskedByDecay<kH>(s.qk, G, x.at.m, s.P);
+  MakeInverse(x.gates, s.kk, G, x.at.m, s.wide, s.T);
+  for (Index v0 = 0; v0 < p.V; v0 += kValueBlock) {
+    const Index w = std::min<Index>(kValueBlock, p.V - v0), wp = padded(w);
+    if (state == nullptr) {
+      LoadColumns(p.saved_states, slot, h, p.K, v0, w, s.S, kLdB);
+    } else {
+      const float* block = state + v0 * padded(p.K);
+      for (Index i = 0; i < padded(p.K); ++i) std::memcpy(s.S + i * kLdB, block + i * wp, static_cast<std::size_t>(wp) * sizeof(float));
+    }
+    BackwardBlock(p, x, h, v0, d_state + v0 * padded(p.K), s, sum);
+  }
+  BackwardSquare(x.at, x.gates, h % (p.HV / p.H) == 0, s, sum);
+  StoreGateGradients(p, x.at, h, x.gates, sum, gate_sums);
 }
 
-// States before the chunks of `block`, recomputed from the checkpoint at its start, as a states tensor of the group's first value head.
-HWY_NOINLINE op::Tensor RecomputeStates(const op::Problem& p, const Span& block, Index hk, const BackwardScratch& s, float* scratch) {
-  const Index ratio = p.HV / p.H, floats = p.K * leading(p.V), chunks = block.last - block.first;
+// States before the chunks of `block`, recomputed from the checkpoint at its start: [chunk][value head of the group].
+HWY_NOINLINE void RecomputeStates(const op::Problem& p, const Span& block, Index hk, const BackwardScratch& s, float* scratch) {
+  const Index ratio = p.HV / p.H, floats = state_floats(p.K, p.V);
   const Index slot = op::saved_states_base(p, block.n) + block.first / p.checkpoint_chunks;
-  float* state = s.states + p.checkpoint_chunks * ratio * floats;
   for (Index r = 0; r < ratio; ++r) {
     const Index h = hk * ratio + r;
+    float* state = s.states + r * floats;
     LoadState(p.saved_states, slot, h, p.K, p.V, state);
-    for (Index c = 0; c < chunks; ++c) {
-      std::memcpy(s.states + (c * ratio + r) * floats, state, static_cast<std::size_t>(floats) * sizeof(float));
-      if (c + 1 < chunks) Forward(p, {block.n, block.first + c, block.first + c + 1}, h, Pass::state, state, scratch);
+    for (Index c = block.first; c + 1 < block.last; ++c) {
+      float* next = state + ratio * floats;
+      std::memcpy(next, state, static_cast<std::size_t>(floats) * sizeof(float));
+      Forward(p, {block.n, c, c + 1}, h, Pass::state, next, scratch);
+      state = next;
     }
   }
-  op::Tensor view;
-  view.data = s.states;
-  view.present = true;
-  view.rank = 4;
-  view.stride = {ratio * floats, 0, leading(p.V), 1};  // one value head at a time, found by its data pointer
-  return view;
+}
+
+// A key head's side of a half chunk, common to its value heads. The first half's keys are needed for the second half already, which comes
+// before it: then they change places.
+HWY_NOINLINE void LoadKeys(const op::Problem& p, const Halves& x, bool kept, Index hk, BackwardScratch& s, float* q_norms, float* k_norms,
+                           float* first_norms) {
+  const Index ld = padded(p.K);
+  const auto load = [&](const op::Tensor& tensor, const Place& at, float factor, float* norms, float* xT) HWY_ATTR {
+    LoadNormed(p, tensor, at, hk, factor, s.rows, ld, norms);
+    Transpose(at.m, ld, s.rows, ld, xT, kLdH);
+  };
+  if (kept) {
+    std::swap(s.kT, s.kT_first);
+    std::swap(s.kk, s.kk_first);
+    std::memcpy(k_norms, first_norms, kH * sizeof(float));
+  } else {
+    load(p.k, x.at, 1, k_norms, s.kT);
+    TimesKeys<kH>(p, s.kT, s.kT, x.at.m, s.kk);
+  }
+  if (x.second) {
+    load(p.k, x.first, 1, first_norms, s.kT_first);
+    TimesKeys<kH>(p, s.kT_first, s.kT_first, x.first.m, s.kk_first);
+  }
+  load(p.q, x.at, static_cast<float>(p.scale), q_norms, s.qT);
+  TimesKeys<kH>(p, s.qT, s.kT, x.at.m, s.qk);
 }
 
 void Backward(const op::Problem& p, const Span& span, std::int64_t hk, float* d_states, double* gate_sums, float* scratch) {
-  const Index ratio = p.HV / p.H, floats = p.K * leading(p.V), e = p.checkpoint_chunks, ldk = leading(p.K);
-  const BackwardScratch s(p, scratch);
-  HWY_ALIGN_MAX float q_norms[kC], k_norms[kC];
+  const Index ratio = p.HV / p.H, floats = state_floats(p.K, p.V), e = p.checkpoint_chunks;
+  BackwardScratch s(p, scratch);
+  HWY_ALIGN_MAX float q_norms[kH], k_norms[kH], first_norms[kH];
+  Halves x;
   for (Index end = span.last; end > span.first;) {
     const Span block{span.n, (end - 1) / e * e, end};
-    const op::Tensor states = e > 1 ? RecomputeStates(p, block, hk, s, scratch) : p.saved_states;
+    if (e > 1) RecomputeStates(p, block, hk, s, scratch);
     for (Index chunk = block.last - 1; chunk >= block.first; --chunk) {
       const Place at = PlaceOf(p, span.n, chunk);
-      LoadNormed(p, p.k, at, hk, 1, s.k, k_norms);
-      LoadNormed(p, p.q, at, hk, static_cast<float>(p.scale), s.q, q_norms);
-      Transpose(at.m, padded(p.K), s.k, ldk, s.kT, kLdC);
-      TimesKeys(p, {s.kT, 1, kLdC}, s.kT, at.m, s.kk);
-      TimesKeys(p, {s.q, ldk, 1}, s.kT, at.m, s.qk);
-      Fill(s.dq, at.m * padded(p.K));
-      Fill(s.dk, at.m * padded(p.K));
-      for (Index r = 0; r < ratio; ++r) {
-        const Index h = hk * ratio + r;
-        const Index slot = e > 1 ? chunk - block.first : op::saved_states_base(p, span.n) + chunk;
-        op::Tensor S = states;
-        if (e > 1) S.data = s.states + r * floats;
-        BackwardHead(p, at, h, S, slot, d_states + r * floats, gate_sums + 2 * r, s);
+      const Index slot = op::saved_states_base(p, span.n) + chunk;
+      const float* states = e > 1 ? s.states + (chunk - block.first) * ratio * floats : nullptr;
+      for (Index half = at.rows > kH ? 1 : 0; half >= 0; --half) {
+        x.at = HalfOf(at, half);
+        x.first = HalfOf(at, 0);
+        x.second = half > 0;
+        LoadKeys(p, x, !x.second && at.rows > kH, hk, s, q_norms, k_norms, first_norms);
+        Fill(s.dqT, padded(p.K) * kLdH);
+        Fill(s.dkT, padded(p.K) * kLdH);
+        for (Index r = 0; r < ratio; ++r) {
+          const float* state = states == nullptr ? nullptr : states + r * floats;
+          BackwardHead(p, x, hk * ratio + r, slot, state, d_states + r * floats, gate_sums + 2 * r, s);
+        }
+        FinishKeys(p, x.at, hk, s, q_norms, k_norms);
       }
-      StoreNormed(p, p.dq, at, hk, static_cast<float>(p.scale), s.q, q_norms, s.dq);
-      StoreNormed(p, p.dk, at, hk, 1, s.k, k_norms, s.dk);
     }
     end = block.first;
   }

@@ -18,7 +18,6 @@ namespace flashdelta::cpu {
 namespace HWY_NAMESPACE {
 
 constexpr Index kC = kChunk;
-constexpr Index kLdC = kSquare;  // row stride of C x C matrices
 
 // A chunk's place: `rows` tokens from `t` of batch row `b`; tiles are `m` rows high (a multiple of 8, zero beyond `rows`).
 struct Place {
@@ -30,6 +29,11 @@ HWY_INLINE Place PlaceOf(const op::Problem& p, Index n, Index chunk) {
   const Index t = s.begin + chunk * kC;
   const Index rows = std::min<Index>(kC, s.end - t);
   return {s.row, t, rows, (rows + 7) / 8 * 8};
+}
+
+HWY_INLINE Place HalfOf(const Place& chunk, Index half) {
+  const Index rows = std::clamp<Index>(chunk.rows - half * kHalf, 0, kHalf);
+  return {chunk.b, chunk.t + half * kHalf, rows, (rows + 7) / 8 * 8};
 }
 
 // Per-token scalars of one value head's chunk. Beyond `rows` a token acts as k = 0, beta = 0, g = 0.
@@ -80,22 +84,21 @@ HWY_NOINLINE void LoadGates(const op::Problem& p, const Place& at, Index h, Gate
     s.c[i] = c;
     s.beta[i] = static_cast<float>(Beta(p, at.b, at.t + i, h));
   }
-  for (Index i = at.rows; i < kC; ++i) {
-    s.c[i] = c;
-    s.beta[i] = 0;
-  }
+  s.gl = static_cast<float>(std::exp(c));
   for (Index i = 0; i < kC; ++i) {
+    const bool token = i < at.rows;
+    if (!token) s.c[i] = c;
     s.c_high[i] = static_cast<float>(s.c[i]);
     s.c_low[i] = static_cast<float>(s.c[i] - static_cast<double>(s.c_high[i]));
-    s.gam[i] = static_cast<float>(std::exp(s.c[i]));
-    s.tail[i] = i < at.rows ? static_cast<float>(std::exp(c - s.c[i])) : 0.0F;
+    s.gam[i] = token ? static_cast<float>(std::exp(s.c[i])) : s.gl;
+    s.tail[i] = token ? static_cast<float>(std::exp(c - s.c[i])) : 0.0F;
+    if (!token) s.beta[i] = 0;
   }
-  s.gl = static_cast<float>(std::exp(c));
 }
 
 // q or k of a chunk, l2-normalised where asked, times `factor`; norms[i] (may be null) gets the rows' 1 / |x|.
-HWY_INLINE void LoadNormed(const op::Problem& p, const op::Tensor& x, const Place& at, Index h, float factor, float* tile, float* norms) {
-  const Index ld = leading(p.K);
+HWY_INLINE void LoadNormed(const op::Problem& p, const op::Tensor& x, const Place& at, Index h, float factor, float* tile, Index ld,
+                           float* norms) {
   LoadTile(x, at.b, at.t, at.rows, at.m, h, 0, p.K, tile, ld);
   for (Index i = 0; i < at.rows; ++i) {
     float* row = tile + i * ld;
@@ -115,56 +118,59 @@ HWY_INLINE VF DecayLanes(const Gates& s, Index i, Index j0) {
   return hn::IfThenElseZero(hn::Le(lane, hn::Set(d, static_cast<float>(i))), g);
 }
 
-// G[i][j] = exp(c[i] - c[j]) below and on the diagonal, 0 above, all of [m, 64].
+// G[i][j] = exp(c[i] - c[j]) below and on the diagonal, 0 above, all of [m, C].
+template <int C>
 HWY_NOINLINE void Decays(const Gates& s, Index m, float* G) {
   const DF d;
   for (Index i = 0; i < m; ++i) {
     Index j = 0;
-    for (; j <= i; j += kLanes) hn::StoreU(DecayLanes(s, i, j), d, G + i * kLdC + j);
-    if (j < kC) Fill(G + i * kLdC + j, kC - j);
+    for (; j <= i; j += kLanes) hn::StoreU(DecayLanes(s, i, j), d, G + i * kSquare<C> + j);
+    if (j < C) Fill(G + i * kSquare<C> + j, C - j);
   }
 }
 
 // out = a * G on and below the diagonal, exact zeros above it. `out` may be `a`.
+template <int C>
 HWY_NOINLINE void MaskedByDecay(const float* a, const float* G, Index m, float* out) {
   const DF d;
   for (Index i = 0; i < m; ++i) {
     const VF row = hn::Set(d, static_cast<float>(i));
     Index j = 0;
     for (; j <= i; j += kLanes) {
-      const VF x = hn::Mul(hn::LoadU(d, a + i * kLdC + j), hn::LoadU(d, G + i * kLdC + j));
-      hn::StoreU(hn::IfThenElseZero(hn::Le(hn::Iota(d, static_cast<float>(j)), row), x), d, out + i * kLdC + j);
+      const VF x = hn::Mul(hn::LoadU(d, a + i * kSquare<C> + j), hn::LoadU(d, G + i * kSquare<C> + j));
+      hn::StoreU(hn::IfThenElseZero(hn::Le(hn::Iota(d, static_cast<float>(j)), row), x), d, out + i * kSquare<C> + j);
     }
-    if (j < kC) Fill(out + i * kLdC + j, kC - j);
+    if (j < C) Fill(out + i * kSquare<C> + j, C - j);
   }
 }
 
 // L = strict_lower(beta * kk * G).
+template <int C>
 HWY_NOINLINE void MakeL(const float* kk, const float* G, const Gates& s, Index m, float* L) {
-  MaskedByDecay(kk, G, m, L);
+  MaskedByDecay<C>(kk, G, m, L);
   for (Index i = 0; i < m; ++i) {
-    ScaleRow(L + i * kLdC, s.beta[i], padded(i + 1));
-    L[i * kLdC + i] = 0;
+    ScaleRow(L + i * kSquare<C>, s.beta[i], padded(i + 1));
+    L[i * kSquare<C> + i] = 0;
   }
 }
 
-// T = (I + L)^-1 by forward substitution, exact zeros above the diagonal. In float64, in `wide` [64, 64]: with beta near 2 and keys that
-// repeat T's rows neither grow nor shrink, and float32 alone would use up the float32 contract.
-HWY_NOINLINE void Inverse(const float* L, Index m, double* wide, float* T) {
+// L becomes T = (I + L)^-1 by forward substitution, exact zeros above the diagonal. In float64, in `wide` [C, C]: with beta near 2 and keys
+// that repeat T's rows neither grow nor shrink, and float32 alone would use up the float32 contract.
+template <int C>
+HWY_NOINLINE void Inverse(Index m, double* wide, float* T) {
   const hn::Repartition<double, DF> dd;
   const hn::Rebind<float, decltype(dd)> df;
-  constexpr int kSums = 8, kWide = kLanes / 2;
-  std::memset(wide, 0, sizeof(double) * kC * static_cast<std::size_t>(m));
+  constexpr int kWide = kLanes / 2, kSums = std::min(8, C / kWide);
+  std::memset(wide, 0, sizeof(double) * C * static_cast<std::size_t>(m));
   for (Index i = 0; i < m; ++i) {
-    float* row = T + i * kLdC;
-    double* wide_row = wide + i * kC;
-    Fill(row, kC);
+    float* row = T + i * kSquare<C>;
+    double* wide_row = wide + i * C;
     for (Index x0 = 0; x0 < i; x0 += kSums * kWide) {
       hn::Vec<decltype(dd)> sum[kSums];
       FLASHDELTA_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::Zero(dd);
-      for (Index j = x0; j < i; ++j) {
-        const auto l = hn::Set(dd, static_cast<double>(L[i * kLdC + j]));
-        const double* t = wide + j * kC + x0;
+      for (Index j = x0; j < i; ++j) {  // what is left of L's row starts at x0
+        const auto l = hn::Set(dd, static_cast<double>(row[j]));
+        const double* t = wide + j * C + x0;
         FLASHDELTA_UNROLL(8) for (int u = 0; u < kSums; ++u) sum[u] = hn::NegMulAdd(l, hn::LoadU(dd, t + u * kWide), sum[u]);
       }
       FLASHDELTA_UNROLL(8) for (int u = 0; u < kSums; ++u) {
@@ -178,18 +184,20 @@ HWY_NOINLINE void Inverse(const float* L, Index m, double* wide, float* T) {
 }
 
 // T's columns times beta: U = T X = (T beta) R.
+template <int C>
 HWY_NOINLINE void ScaleColumns(float* T, const float* beta, Index m) {
   const DF d;
   for (Index i = 0; i < m; ++i) {
     for (Index j = 0; j <= i; j += kLanes) {
-      hn::StoreU(hn::Mul(hn::LoadU(d, T + i * kLdC + j), hn::LoadU(d, beta + j)), d, T + i * kLdC + j);
+      hn::StoreU(hn::Mul(hn::LoadU(d, T + i * kSquare<C> + j), hn::LoadU(d, beta + j)), d, T + i * kSquare<C> + j);
     }
   }
 }
 
-// out = a k^T on and below the diagonal, [m, m], for a = k or q. kT [padded(K), kLdC].
-HWY_INLINE void TimesKeys(const op::Problem& p, const Left& a, const float* kT, Index m, float* out) {
-  Gemm(m, m, p.K, a, {kT, kLdC}, {.data = out, .ld = kLdC}, Shape::out_lower);
+// out = a k^T on and below the diagonal, [m, m], for a = k or q, both transposed: [padded(K), kSquare<C>].
+template <int C>
+HWY_INLINE void TimesKeys(const op::Problem& p, const float* aT, const float* kT, Index m, float* out) {
+  Gemm(m, m, p.K, {aT, 1, kSquare<C>}, {kT, kSquare<C>}, {.data = out, .ld = kSquare<C>}, Shape::out_lower);
 }
 
 }  // namespace HWY_NAMESPACE

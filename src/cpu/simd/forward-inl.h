@@ -19,19 +19,61 @@ HWY_NOINLINE void SaveChunk(const op::Problem& p, const Place& at, Index h, cons
       const auto c = static_cast<float>(gates.c[i]);
       std::memcpy(p.saved_c.at(at.b, at.t + i, h), &c, sizeof(c));
     }
-    if (p.saved_T) StoreRow(p.saved_T.dtype, p.saved_T.at(at.b, at.t + i, h, 0), p.saved_T.stride[3], kC, T + i * kLdC);
+    if (p.saved_T) StoreRow(p.saved_T.dtype, p.saved_T.at(at.b, at.t + i, h, 0), p.saved_T.stride[3], kC, T + i * kSquare<kC>);
   }
+}
+
+// Keys and queries of a chunk, transposed [padded(K), kSquare<kC>]: what a step of a product broadcasts stands in one line.
+HWY_INLINE void LoadTransposed(const op::Problem& p, const op::Tensor& x, const Place& at, Index h, float factor, float* rows, float* xT) {
+  LoadNormed(p, x, at, h, factor, rows, leading(p.K), nullptr);
+  Transpose(at.m, padded(p.K), rows, leading(p.K), xT, kSquare<kC>);
+}
+
+// What a chunk's products need beside the state: k and, if wanted, q, P; T. For the scratch of forward and of the reverse chain.
+template <class Scratch>
+HWY_INLINE void PrepareChunk(const op::Problem& p, const Place& at, Index hk, bool with_q, const Gates& gates, const Scratch& s) {
+  const Index m = at.m;
+  LoadTransposed(p, p.k, at, hk, 1, s.rows, s.kT);
+  if (with_q) LoadTransposed(p, p.q, at, hk, static_cast<float>(p.scale), s.rows, s.qT);
+  Decays<kC>(gates, m, s.G);
+  if (with_q) {
+    TimesKeys<kC>(p, s.qT, s.kT, m, s.P);
+    MaskedByDecay<kC>(s.P, s.G, m, s.P);
+  }
+  TimesKeys<kC>(p, s.kT, s.kT, m, s.T);
+  MakeL<kC>(s.T, s.G, gates, m, s.T);
+  Inverse<kC>(m, s.wide, s.T);
+}
+
+// One block of value columns, S its part of the state.
+HWY_INLINE void ForwardBlock(const op::Problem& p, const Place& at, Index h, Pass pass, Index v0, Index w, const Gates& gates, float* S,
+                             const ForwardScratch& s, Ahead& ahead) {
+  constexpr Index ld = kValueBlock, ldt = kSquare<kC>;
+  const Index m = at.m, wp = padded(w);
+  if (pass == Pass::transition) {
+    for (Index i = 0; i < m; ++i) Fill(s.R + i * ld, wp);
+  } else {
+    LoadTile(p.v, at.b, at.t, at.rows, m, h, v0, w, s.R, ld);
+  }
+  Gemm(m, w, p.K, {s.kT, 1, ldt}, {S, wp}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam}, Shape::full, &ahead);
+  Gemm(m, w, m, {s.T, ldt, 1}, {s.R, ld}, {.data = s.U, .ld = ld}, Shape::left_lower, &ahead);
+  if (pass == Pass::full) {  // o takes R's tile
+    Gemm(m, w, p.K, {s.qT, 1, ldt}, {S, wp}, {.data = s.R, .ld = ld, .rows = gates.gam}, Shape::full, &ahead);
+    Gemm(m, w, m, {s.P, ldt, 1}, {s.U, ld}, {.data = s.R, .ld = ld, .c0 = 1}, Shape::left_lower, &ahead);
+    StoreTile(p.o, at.b, at.t, at.rows, h, v0, w, s.R, ld);
+  }
+  for (Index i = 0; i < m; ++i) ScaleRow(s.U + i * ld, gates.tail[i], wp);
+  Gemm(p.K, w, at.rows, {s.kT, ldt, 1}, {s.U, ld}, {.data = S, .ld = wp, .c0 = gates.gl}, Shape::full, &ahead);
 }
 
 void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, float* state, float* scratch) {
   const Index width = pass == Pass::transition ? p.K : p.V;
-  const Index ld = leading(width), ldk = leading(p.K), hk = h / (p.HV / p.H);
+  const Index hk = h / (p.HV / p.H);
   const bool full = pass == Pass::full;
   const ForwardScratch s(p, scratch);
   Gates gates;
   for (Index chunk = span.first; chunk < span.last; ++chunk) {
     const Place at = PlaceOf(p, span.n, chunk);
-    const Index m = at.m;
     if (full && p.saved_states && chunk % p.checkpoint_chunks == 0) {
       StoreState(p.saved_states, op::saved_states_base(p, span.n) + chunk / p.checkpoint_chunks, h, p.K, p.V, state);
     }
@@ -44,41 +86,24 @@ void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, 
       if (pass != Pass::transition) AskFor(p.v, next.b, next.t, next.rows, h, ahead);
     }
     LoadGates(p, at, h, gates);
-    LoadNormed(p, p.k, at, hk, 1, s.k, nullptr);
-    Transpose(m, padded(p.K), s.k, ldk, s.kT, kLdC);
-    TimesKeys(p, {s.kT, 1, kLdC}, s.kT, m, s.L);  // A reads k transposed too: what a step broadcasts stands in one line
-    Decays(gates, m, s.G);
-    if (full) {
-      LoadNormed(p, p.q, at, hk, static_cast<float>(p.scale), s.R, nullptr);  // R's tile is free until v comes
-      Transpose(m, padded(p.K), s.R, ldk, s.qT, kLdC);
-      TimesKeys(p, {s.qT, 1, kLdC}, s.kT, m, s.P);
-      MaskedByDecay(s.P, s.G, m, s.P);
-    }
-    MakeL(s.L, s.G, gates, m, s.L);
-    Inverse(s.L, m, s.wide, s.T);
+    PrepareChunk(p, at, hk, full, gates, s);
     if (full && (p.saved_c || p.saved_T)) SaveChunk(p, at, h, gates, s.T);
-    ScaleColumns(s.T, gates.beta, m);
-
-    if (pass == Pass::transition) {
-      for (Index i = 0; i < m; ++i) Fill(s.R + i * ld, padded(width));
-    } else {
-      LoadTile(p.v, at.b, at.t, at.rows, m, h, 0, width, s.R, ld);
+    ScaleColumns<kC>(s.T, gates.beta, at.m);
+    for (Index v0 = 0; v0 < width; v0 += kValueBlock) {
+      ForwardBlock(p, at, h, pass, v0, std::min<Index>(kValueBlock, width - v0), gates, state + v0 * padded(p.K), s, ahead);
     }
-    Gemm(m, width, p.K, {s.kT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .c0 = 1, .alpha = -1, .rows = gates.gam}, Shape::full,
-         &ahead);
-    Gemm(m, width, m, {s.T, kLdC, 1}, {s.R, ld}, {.data = s.U, .ld = ld}, Shape::left_lower, &ahead);
-    if (full) {  // o takes R's tile
-      Gemm(m, width, p.K, {s.qT, 1, kLdC}, {state, ld}, {.data = s.R, .ld = ld, .rows = gates.gam}, Shape::full, &ahead);
-      Gemm(m, width, m, {s.P, kLdC, 1}, {s.U, ld}, {.data = s.R, .ld = ld, .c0 = 1}, Shape::left_lower, &ahead);
-      StoreTile(p.o, at.b, at.t, at.rows, h, 0, width, s.R, ld);
-    }
-    for (Index i = 0; i < m; ++i) ScaleRow(s.U + i * ld, gates.tail[i], padded(width));
-    Gemm(p.K, width, at.rows, {s.k, 1, ldk}, {s.U, ld}, {.data = state, .ld = ld, .c0 = gates.gl}, Shape::full, &ahead);
   }
 }
 
 void ApplyTransition(std::int64_t K, std::int64_t V, const float* m, const float* s, float* b) {
-  Gemm(K, V, K, {m, leading(K), 1}, {s, leading(V)}, {.data = b, .ld = leading(V), .c0 = 1});
+  const Index rows = padded(K);
+  for (Index v0 = 0; v0 < V; v0 += kValueBlock) {
+    const Index w = std::min<Index>(kValueBlock, V - v0), wp = padded(w);
+    for (Index k0 = 0; k0 < K; k0 += kValueBlock) {
+      const Index n = std::min<Index>(kValueBlock, K - k0);
+      Gemm(K, w, n, {m + k0 * rows, padded(n), 1}, {s + v0 * rows + k0 * wp, wp}, {.data = b + v0 * rows, .ld = wp, .c0 = 1});
+    }
+  }
 }
 
 }  // namespace HWY_NAMESPACE

@@ -132,11 +132,9 @@ HWY_INLINE void Panel(Index m, Index depth, const Left& a, const Right& b, Index
   };
   // Row blocks above the diagonal of this panel are not wanted.
   if (shape == Shape::out_lower) i = j / kMR * kMR;
-  for (; i + kMR <= m; i += kMR) rows(std::integral_constant<int, kMR>{}, i);
-  if (i + 4 <= m) {
-    rows(std::integral_constant<int, 4>{}, i);
-    i += 4;
-  }
+  // Eight rows are left as 4 + 4: with 6 + 2 the two would wait for their own sums.
+  for (; i + kMR <= m && (kMR == 8 || m - i != 8); i += kMR) rows(std::integral_constant<int, kMR>{}, i);
+  for (; i + 4 <= m; i += 4) rows(std::integral_constant<int, 4>{}, i);
   if (i + 2 <= m) {
     rows(std::integral_constant<int, 2>{}, i);
     i += 2;

@@ -60,9 +60,11 @@ HWY_NOINLINE void LoadRows(const op::Problem& p, Index n, Index h, const Recurre
   }
   Fill(s.S, padded(p.V) * ld);
   if (!x) return;
-  LoadState(x, n, h, p.K, p.V, s.tile);
-  for (Index i = p.K; i < ld; ++i) Fill(s.tile + i * leading(p.V), leading(p.V));
-  Transpose(ld, padded(p.V), s.tile, leading(p.V), s.S, ld);
+  for (Index v0 = 0; v0 < p.V; v0 += kTransposed) {
+    const Index w = std::min<Index>(kTransposed, p.V - v0), ldt = leading(w);
+    LoadColumns(x, n, h, p.K, v0, w, s.tile, ldt);
+    Transpose(ld, padded(w), s.tile, ldt, s.S + v0 * ld, ld);
+  }
 }
 
 HWY_NOINLINE void StoreRows(const op::Problem& p, Index n, Index h, const RecurrentScratch& s) {
@@ -72,8 +74,11 @@ HWY_NOINLINE void StoreRows(const op::Problem& p, Index n, Index h, const Recurr
     for (Index j = 0; j < p.V; ++j) StoreRow(x.dtype, x.at(n, h, 0, j), 1, p.K, s.S + j * ld);
     return;
   }
-  Transpose(padded(p.V), ld, s.S, ld, s.tile, leading(p.V));
-  StoreState(x, n, h, p.K, p.V, s.tile);
+  for (Index v0 = 0; v0 < p.V; v0 += kTransposed) {
+    const Index w = std::min<Index>(kTransposed, p.V - v0), ldt = leading(w);
+    Transpose(padded(w), ld, s.S + v0 * ld, ld, s.tile, ldt);
+    StoreColumns(x, n, h, p.K, v0, w, s.tile, ldt);
+  }
 }
 
 void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scratch) {

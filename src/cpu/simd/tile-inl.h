@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "cpu/kernels.hpp"
 #include "cpu/simd/gemm-inl.h"
 #include "op/element.hpp"
 
@@ -92,6 +93,48 @@ HWY_INLINE void StoreRow(op::DType type, std::byte* dst, Index stride, Index n, 
   for (; i < n; ++i) op::store_element(type, dst + i * step, row[i]);
 }
 
+// `rows` rows of `n` elements from `src`, `step` elements apart, and their elements `stride`, to and from rows of floats ld apart. What to
+// do is decided once for all of them: a row of a block is only a few vectors.
+HWY_NOINLINE void LoadRows(op::DType type, const std::byte* src, Index step, Index stride, Index rows, Index n, float* out, Index ld) {
+  const DF d;
+  const auto each = [&](const auto* from, const auto& load) HWY_ATTR {
+    for (Index i = 0; i < rows; ++i, from += step, out += ld) {
+      for (Index j = 0; j < n; j += kLanes) hn::StoreU(load(from + j), d, out + j);
+    }
+  };
+  const bool vectors = stride == 1 && n % kLanes == 0;
+  const auto* half = reinterpret_cast<const std::uint16_t*>(src);
+  if (vectors && type == op::DType::f32) {
+    each(reinterpret_cast<const float*>(src), [](const float* x) HWY_ATTR { return hn::LoadU(DF(), x); });
+  } else if (vectors && type == op::DType::bf16) {
+    each(half, [](const std::uint16_t* x) HWY_ATTR { return LoadBf16(x); });
+  } else if (vectors && kNativeHalf && type == op::DType::f16) {
+    each(half, [](const std::uint16_t* x) HWY_ATTR { return LoadF16(x); });
+  } else {
+    for (Index i = 0; i < rows; ++i) LoadRow(type, src + i * step * op::size_of(type), stride, n, out + i * ld);
+  }
+}
+
+HWY_NOINLINE void StoreRows(op::DType type, std::byte* dst, Index step, Index stride, Index rows, Index n, const float* in, Index ld) {
+  const DF d;
+  const auto each = [&](auto* to, const auto& store) HWY_ATTR {
+    for (Index i = 0; i < rows; ++i, to += step, in += ld) {
+      for (Index j = 0; j < n; j += kLanes) store(hn::LoadU(d, in + j), to + j);
+    }
+  };
+  const bool vectors = stride == 1 && n % kLanes == 0;
+  auto* half = reinterpret_cast<std::uint16_t*>(dst);
+  if (vectors && type == op::DType::f32) {
+    each(reinterpret_cast<float*>(dst), [](VF x, float* to) HWY_ATTR { hn::StoreU(x, DF(), to); });
+  } else if (vectors && type == op::DType::bf16) {
+    each(half, [](VF x, std::uint16_t* to) HWY_ATTR { hn::StoreU(RoundToBf16(x), DHalf(), to); });
+  } else if (vectors && kNativeHalf && type == op::DType::f16) {
+    each(half, [](VF x, std::uint16_t* to) HWY_ATTR { StoreF16(x, to); });
+  } else {
+    for (Index i = 0; i < rows; ++i) StoreRow(type, dst + i * step * op::size_of(type), stride, n, in + i * ld);
+  }
+}
+
 HWY_INLINE void Fill(float* p, Index n) { std::memset(p, 0, static_cast<std::size_t>(n) * sizeof(float)); }
 
 // A tile of `rows` tokens from t on, `m` rows high: columns [c0, c0 + width) of head h of batch row b; zero beyond `rows` and in the
@@ -99,10 +142,8 @@ HWY_INLINE void Fill(float* p, Index n) { std::memset(p, 0, static_cast<std::siz
 HWY_INLINE void LoadTile(const op::Tensor& x, Index b, Index t, Index rows, Index m, Index h, Index c0, Index width, float* tile,
                          Index ld) {
   const Index pad = padded(width) - width;
-  for (Index i = 0; i < rows; ++i) {
-    LoadRow(x.dtype, x.at(b, t + i, h, c0), x.stride[3], width, tile + i * ld);
-    if (pad > 0) Fill(tile + i * ld + width, pad);
-  }
+  if (rows > 0) LoadRows(x.dtype, x.at(b, t, h, c0), x.stride[1], x.stride[3], rows, width, tile, ld);
+  for (Index i = 0; pad > 0 && i < rows; ++i) Fill(tile + i * ld + width, pad);
   for (Index i = rows; i < m; ++i) Fill(tile + i * ld, padded(width));
 }
 
@@ -112,7 +153,7 @@ HWY_INLINE void AskFor(const op::Tensor& x, Index b, Index t, Index rows, Index 
 }
 
 HWY_INLINE void StoreTile(const op::Tensor& x, Index b, Index t, Index rows, Index h, Index c0, Index width, const float* tile, Index ld) {
-  for (Index i = 0; i < rows; ++i) StoreRow(x.dtype, x.at(b, t + i, h, c0), x.stride[3], width, tile + i * ld);
+  if (rows > 0) StoreRows(x.dtype, x.at(b, t, h, c0), x.stride[1], x.stride[3], rows, width, tile, ld);
 }
 
 // out[j][i] = in[i][j] for i < rows, j < cols, both multiples of 4.
@@ -154,17 +195,36 @@ HWY_INLINE void ScaleRow(float* a, float s, Index n) {
   for (Index j = 0; j < n; j += kLanes) hn::StoreU(hn::Mul(hn::LoadU(d, a + j), f), d, a + j);
 }
 
-void LoadState(const op::Tensor& s, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, float* state) {
-  const Index ld = leading(V);
-  if (!s) return Fill(state, K * ld);
-  for (Index i = 0; i < K; ++i) {
-    LoadRow(s.dtype, s.at(n, h, i, 0), s.stride[3], V, state + i * ld);
-    Fill(state + i * ld + V, ld - V);
+// to[j] += a[j], n a multiple of kLanes.
+HWY_INLINE void AddRow(const float* HWY_RESTRICT a, Index n, float* HWY_RESTRICT to) {
+  const DF d;
+  for (Index j = 0; j < n; j += kLanes) hn::StoreU(hn::Add(hn::LoadU(d, a + j), hn::LoadU(d, to + j)), d, to + j);
+}
+
+// Columns [v0, v0 + w) of a states tensor's (n, h), zero if it is absent, to and from rows ld apart; rows and columns that pad are zero.
+HWY_INLINE void LoadColumns(const op::Tensor& x, Index n, Index h, Index K, Index v0, Index w, float* tile, Index ld) {
+  const Index wp = padded(w), rows = x ? K : 0;
+  if (x) LoadRows(x.dtype, x.at(n, h, 0, v0), x.stride[2], x.stride[3], rows, w, tile, ld);
+  for (Index i = 0; w < wp && i < rows; ++i) Fill(tile + i * ld + w, wp - w);
+  for (Index i = rows; i < padded(K); ++i) Fill(tile + i * ld, wp);
+}
+
+HWY_INLINE void StoreColumns(const op::Tensor& x, Index n, Index h, Index K, Index v0, Index w, const float* tile, Index ld) {
+  StoreRows(x.dtype, x.at(n, h, 0, v0), x.stride[2], x.stride[3], K, w, tile, ld);
+}
+
+void LoadState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, float* state) {
+  for (Index v0 = 0; v0 < V; v0 += kValueBlock) {
+    const Index w = std::min<Index>(kValueBlock, V - v0);
+    LoadColumns(x, n, h, K, v0, w, state + v0 * padded(K), padded(w));
   }
 }
 
-void StoreState(const op::Tensor& s, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, const float* state) {
-  for (Index i = 0; i < K; ++i) StoreRow(s.dtype, s.at(n, h, i, 0), s.stride[3], V, state + i * leading(V));
+void StoreState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, const float* state) {
+  for (Index v0 = 0; v0 < V; v0 += kValueBlock) {
+    const Index w = std::min<Index>(kValueBlock, V - v0);
+    StoreColumns(x, n, h, K, v0, w, state + v0 * padded(K), padded(w));
+  }
 }
 
 }  // namespace HWY_NAMESPACE
