@@ -16,13 +16,13 @@ double macs(const op::Problem& p) {
 }
 
 struct Layout : SegmentLayout {
-  std::int64_t ratio;
+  HeadGroups groups;
   std::int64_t sums_at, flags_at;  // in bytes
   std::size_t bytes;
 
   explicit Layout(const op::Problem& p)
-      : SegmentLayout(p, useful_threads(p, macs(p)), backward_scratch(p) + p.HV / p.H * state_floats(p.K, p.V)),
-        ratio(p.HV / p.H),
+      : SegmentLayout(p, useful_threads(p, macs(p)), backward_scratch(p)),
+        groups(p),
         sums_at(end),
         flags_at(sums_at + (p.gate_in_kernel ? (boundaries + p.N * p.HV) * 2 * 8 : 0)),
         bytes(static_cast<std::size_t>(flags_at + boundaries)) {}
@@ -100,24 +100,29 @@ class Run {
   }
 
   void full(const Item& x, float* scratch) const {
+    const HeadGroups& groups = at_.groups;
+    for (std::int64_t r = 0; r < groups.ratio; r += groups.live ? groups.ratio : groups.at(r)) {
+      full(x, x.head * groups.ratio + r, groups.live ? groups.ratio : groups.at(r), scratch);
+    }
+  }
+
+  // Value heads [h0, h0 + count) of an item.
+  void full(const Item& x, std::int64_t h0, std::int64_t count, float* scratch) const {
     const Cut& cut = *x.cut;
-    float* d_states = scratch + at_.scratch - at_.ratio * at_.state;
-    const bool last = x.j + 1 == cut.count;
-    std::vector<double> gate_sums(static_cast<std::size_t>(2 * at_.ratio));
-    for (std::int64_t r = 0; r < at_.ratio; ++r) {
-      const std::int64_t h = x.head * at_.ratio + r;
-      float* s = d_states + r * at_.state;
-      if (last) {
-        kernels_.load_state(p_.d_final_state, cut.n, h, p_.K, p_.V, s);
+    float* d_states = scratch + at_.scratch - count * at_.state;
+    std::vector<double> gate_sums(static_cast<std::size_t>(2 * count));
+    for (std::int64_t i = 0; i < count; ++i) {
+      float* s = d_states + i * at_.state;
+      if (x.j + 1 == cut.count) {
+        kernels_.load_state(p_.d_final_state, cut.n, h0 + i, p_.K, p_.V, s);
       } else {
-        std::memcpy(s, after(cut, h, x.j), static_cast<std::size_t>(at_.state) * sizeof(float));
+        std::memcpy(s, after(cut, h0 + i, x.j), static_cast<std::size_t>(at_.state) * sizeof(float));
       }
     }
-    kernels_.backward(p_, segment(p_, cut, x.j), x.head, d_states, gate_sums.data(), scratch);
-    for (std::int64_t r = 0; r < at_.ratio; ++r) {
-      const std::int64_t h = x.head * at_.ratio + r;
-      if (p_.d_initial_state && x.j == 0) kernels_.store_state(p_.d_initial_state, cut.n, h, p_.K, p_.V, d_states + r * at_.state);
-      if (p_.gate_in_kernel) std::memcpy(sums(cut, h, x.j), &gate_sums[static_cast<std::size_t>(2 * r)], 2 * sizeof(double));
+    kernels_.backward(p_, segment(p_, cut, x.j), h0, count, d_states, gate_sums.data(), scratch);
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (p_.d_initial_state && x.j == 0) kernels_.store_state(p_.d_initial_state, cut.n, h0 + i, p_.K, p_.V, d_states + i * at_.state);
+      if (p_.gate_in_kernel) std::memcpy(sums(cut, h0 + i, x.j), &gate_sums[static_cast<std::size_t>(2 * i)], 2 * sizeof(double));
     }
   }
 

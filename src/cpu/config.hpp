@@ -10,7 +10,7 @@ namespace flashdelta::cpu {
 
 constexpr int kChunk = FLASHDELTA_CHUNK;
 
-// What a thread's scratch has to stay within; the widths below are chosen for it.
+// What a thread's scratch has to stay below; the widths that follow are chosen for it.
 constexpr std::int64_t kScratchBytes = 512 << 10;
 
 // Tokens that the backward works on at a time: half a chunk. Its tiles of keys take half the room then. The state between the halves costs

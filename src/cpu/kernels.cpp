@@ -12,8 +12,8 @@
 // After foreach_target.h, which includes this file anew for each instruction set.
 #include <hwy/highway.h>
 
-#include "cpu/simd/backward-inl.h"
 #include "cpu/simd/forward-inl.h"
+#include "cpu/simd/group-inl.h"
 #include "cpu/simd/recurrent-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -76,7 +76,9 @@ const Kernels* find_kernels(flashdelta_instruction_set set) {
 
 std::int64_t forward_scratch(const op::Problem& p) { return ForwardScratch(p, nullptr).used; }
 std::int64_t backward_scratch(const op::Problem& p) {
-  return std::max(BackwardScratch(p, nullptr).used, BackwardStateScratch(p, nullptr).used);
+  const HeadGroups groups(p);
+  const std::int64_t d_states = (groups.live ? groups.ratio : groups.size) * state_floats(p.K, p.V);
+  return std::max(BackwardScratch(p, groups, nullptr).used + d_states, BackwardStateScratch(p, nullptr).used);
 }
 std::int64_t recurrent_scratch(const op::Problem& p) { return RecurrentScratch(p, nullptr).used; }
 

@@ -37,9 +37,9 @@ struct Kernels {
   // The reverse chain for one value head: `d_state` is the gradient after the span and becomes that before it.
   void (*backward_state)(const op::Problem&, const Span&, std::int64_t h, Pass, float* d_state, float* scratch);
 
-  // Gradients of key head hk and its value heads over `span`. d_states holds HV / H of the above, one behind the other. gate_sums
-  // [HV / H][2] gathers the parts of dA_log and d_dt_bias.
-  void (*backward)(const op::Problem&, const Span&, std::int64_t hk, float* d_states, double* gate_sums, float* scratch);
+  // Gradients of value heads [h, h + count) over `span`: all of a key head's, or one of HeadGroups, the first group first. d_states
+  // holds as many of the above, one behind the other. gate_sums [count][2] gathers the parts of dA_log and d_dt_bias.
+  void (*backward)(const op::Problem&, const Span&, std::int64_t h, std::int64_t count, float* d_states, double* gate_sums, float* scratch);
 
   // All tokens of sequence n, value head h, token by token.
   void (*recurrent)(const op::Problem&, std::int64_t n, std::int64_t h, float* scratch);

@@ -67,6 +67,18 @@ struct BackwardStateScratch {
   }
 };
 
+// How a key head's value heads share a thread's scratch in the backward: as many are worked on together as there is room for the gradients
+// of their states. The last group is a full one. Where the sum of dk over the heads has no place between groups (see Park), the gradients
+// of all states are kept, and only the order of sums is that of groups.
+struct HeadGroups {
+  std::int64_t ratio, size;
+  bool live;
+
+  explicit HeadGroups(const op::Problem& p);
+  // Heads of the group that starts at `first`.
+  [[nodiscard]] std::int64_t at(std::int64_t first) const { return first == 0 && ratio % size > 0 ? ratio % size : size; }
+};
+
 // Backward, by halves of a chunk and blocks of kValueBlock value columns. Tiles of keys and of their gradients are transposed,
 // [padded(K), kHalf]; on their way in and out they stand row by row in `rows`, S's tile. G is first dL's tile, then T's. The inverse is
 // made over R and kS, whose place W, kKeyBlock key columns of dq, takes when they are done with; dX transposed takes U's, dU d_oT's.
@@ -75,9 +87,10 @@ struct BackwardScratch {
   float *kT, *qT, *dqT, *dkT, *S, *rows, *R, *kS, *W, *U, *dXT, *d_o, *d_oT, *dX, *UT, *kk, *qk, *T, *P, *dP, *dL, *E, *N;
   float *kT_first, *kk_first, *T_first;  // of the chunk's first half, while the second is worked on
   float* states;                         // [checkpoint_chunks][HV / H] recomputed states; null where every state is saved
+  std::int64_t tiles;                    // floats used without those
   std::int64_t used;
 
-  BackwardScratch(const op::Problem& p, float* base) {
+  BackwardScratch(const op::Problem& p, const HeadGroups& groups, float* base) {
     const std::int64_t keys = padded(p.K) * kHalf, values = kHalf * kValueBlock, square = kHalf * kSquare<kHalf>;
     static_assert(2 * values >= kKeyBlock * kHalf && 2 * values >= wide_floats(kHalf));
     Cutter cut(base);
@@ -90,10 +103,11 @@ struct BackwardScratch {
     for (float** tile : {&kk, &kk_first, &qk, &T, &T_first, &P, &dP, &dL}) *tile = cut.take(square);
     E = dP;
     N = dL;
-    if (p.HV > p.H) {  // their sums over the value heads
+    if (groups.size > 1) {  // their sums over the value heads
       E = cut.take(square);
       N = cut.take(square);
     }
+    tiles = cut.used();
     states = nullptr;
     if (p.checkpoint_chunks > 1) {
       // The recomputation borrows the tiles above for its own.
@@ -103,6 +117,13 @@ struct BackwardScratch {
     used = cut.used();
   }
 };
+
+inline HeadGroups::HeadGroups(const op::Problem& p) : ratio(p.HV / p.H), size(ratio), live(false) {
+  const auto bytes = [&] { return 4 * (BackwardScratch(p, *this, nullptr).tiles + size * state_floats(p.K, p.V)); };
+  if (bytes() < kScratchBytes) return;
+  size = std::max<std::int64_t>(1, (kScratchBytes / 4 - 1 - BackwardScratch(p, *this, nullptr).tiles) / state_floats(p.K, p.V));
+  live = size < ratio && p.dk && !p.dq && p.dk.dtype != op::DType::f32;
+}
 
 // Token by token: the state with value columns as rows, and the tile through which it is transposed, some columns at a time.
 constexpr std::int64_t kTransposed = 64;

@@ -1,4 +1,5 @@
-// The adjoint of the chunk loop. Names are algebra's (docs/numerics.md); q carries the scale, so P = lower(q k^T) G.
+// The adjoint of the chunk loop, one value head at a time. Names are algebra's (docs/numerics.md); q carries the scale, so P = lower(q k^T)
+// G.
 #if defined(FLASHDELTA_CPU_SIMD_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FLASHDELTA_CPU_SIMD_BACKWARD_INL_H_
 #undef FLASHDELTA_CPU_SIMD_BACKWARD_INL_H_
@@ -129,6 +130,20 @@ HWY_INLINE void CarryAcross(const op::Problem& p, const Halves& x, Index h, Inde
   Gemm(p.K, w, at.rows, {s.kT_first, kLdH, 1}, {s.U, kLdB}, {.data = s.S, .ld = kLdB, .c0 = x.first_gates.gl});
 }
 
+// Of a block of value columns: R, U, kS, do. s.S becomes the state in front of the half chunk. Columns that pad are written too, from
+// zeros: dots run over them.
+HWY_INLINE void MakeU(const op::Problem& p, const Halves& x, Index h, Index v0, Index w, const BackwardScratch& s) {
+  const Place& at = x.at;
+  const Index m = at.m, wp = padded(w);
+  if (x.second) CarryAcross(p, x, h, v0, w, s);
+  LoadTile(p.v, at.b, at.t, at.rows, m, h, v0, w, s.R, kLdB);
+  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {s.S, kLdB}, {.data = s.kS, .ld = kLdB});
+  float* X = s.dX;
+  Residual(x.gates, s.kS, m, wp, s.R, X);
+  Gemm(m, wp, m, {s.T, kLdH, 1}, {X, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower);
+  LoadOrZero(p.d_o, at, h, v0, w, s.d_o, kLdB);
+}
+
 // A block of value columns of what reaches q, k and the state in front through the state: from gam do, gam b dX, and U.
 HWY_INLINE void BackwardKeys(const op::Problem& p, const Halves& x, Index w, float* dS, const BackwardScratch& s, GateGradient& sum) {
   const Index m = x.at.m, wp = padded(w);
@@ -160,17 +175,8 @@ HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Halves& x, Index h, 
   const Gates& gates = x.gates;
   const Index m = at.m, w = std::min<Index>(kValueBlock, p.V - v0), wp = padded(w);
   const float c0 = v0 == 0 ? 0.0F : 1.0F;
-  if (x.second) CarryAcross(p, x, h, v0, w, s);
+  MakeU(p, x, h, v0, w, s);
   sum.state += static_cast<double>(gates.gl) * StateDot(s.S, dS, padded(p.K), wp);
-
-  // Columns that pad are written too, from zeros: the dots below run over them.
-  LoadTile(p.v, at.b, at.t, at.rows, m, h, v0, w, s.R, kLdB);
-  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {s.S, kLdB}, {.data = s.kS, .ld = kLdB});
-  float* X = s.dX;
-  Residual(gates, s.kS, m, wp, s.R, X);
-  Gemm(m, wp, m, {s.T, kLdH, 1}, {X, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower);
-
-  LoadOrZero(p.d_o, at, h, v0, w, s.d_o, kLdB);
   float* dU = s.d_oT;
   Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {dS, wp}, {.data = dU, .ld = kLdB, .rows = gates.tail});
   for (Index i = 0; i < m; ++i) sum.write[i] += static_cast<double>(Dot(s.U + i * kLdB, dU + i * kLdB, wp));
@@ -281,35 +287,27 @@ HWY_NOINLINE void StoreNormed(const op::Problem& p, const op::Tensor& out, const
   if (out) StoreTile(out, at.b, at.t, at.rows, h, 0, p.K, d_tile, ld);
 }
 
-// dq and dk: what is left to add, E's and N's products with the rows of k and q, and the way back through the norms. Tiles that nothing
-// needs any more take those rows.
-HWY_NOINLINE void FinishKeys(const op::Problem& p, const Place& at, Index hk, const BackwardScratch& s, const float* q_norms,
-                             const float* k_norms) {
-  const Index m = at.m, ld = padded(p.K);
-  float *q = s.kT, *k = s.dqT, *dq = s.rows, *dk = s.rows;
-  Transpose(ld, m, s.dqT, kLdH, dq, ld);
-  Transpose(ld, m, s.kT, kLdH, k, ld);
-  Transpose(ld, m, s.qT, kLdH, q, ld);
-  Gemm(m, p.K, m, {s.E, kLdH, 1}, {k, ld}, {.data = dq, .ld = ld, .c0 = 1}, Shape::left_lower);
-  StoreNormed(p, p.dq, at, hk, static_cast<float>(p.scale), q, q_norms, dq);
-
-  Transpose(ld, m, s.dkT, kLdH, dk, ld);
-  Gemm(m, p.K, m, {s.N, kLdH, 1}, {k, ld}, {.data = dk, .ld = ld, .c0 = 1}, Shape::left_lower);
-  Gemm(m, p.K, m, {s.E, 1, kLdH}, {q, ld}, {.data = dk, .ld = ld, .c0 = 1}, Shape::left_upper);
-  Gemm(m, p.K, m, {s.N, 1, kLdH}, {k, ld}, {.data = dk, .ld = ld, .c0 = 1}, Shape::left_upper);
-  StoreNormed(p, p.dk, at, hk, 1, k, k_norms, dk);
-}
-
 // T = (I + L)^-1.
 HWY_INLINE void MakeInverse(const Gates& gates, const float* kk, const float* G, Index m, double* wide, float* T) {
   MakeL<kH>(kk, G, gates, m, T);
   Inverse<kH>(m, wide, T);
 }
 
-// One value head of a half chunk: the state in front of the chunk is S's in `slot`, or, where it had to be computed again, `state`.
-HWY_NOINLINE void BackwardHead(const op::Problem& p, Halves& x, Index h, Index slot, const float* state, float* d_state, double* gate_sums,
-                               const BackwardScratch& s) {
-  GateGradient sum;
+// Where the state in front of a chunk is: in saved_states' slot, or, where it had to be computed again, in `state`.
+struct StateSource {
+  Index slot;
+  const float* state;
+};
+
+HWY_INLINE void LoadBlock(const op::Problem& p, const StateSource& from, Index h, Index v0, Index w, const BackwardScratch& s) {
+  if (from.state == nullptr) return LoadColumns(p.saved_states, from.slot, h, p.K, v0, w, s.S, kLdB);
+  const Index wp = padded(w);
+  const float* block = from.state + v0 * padded(p.K);
+  for (Index i = 0; i < padded(p.K); ++i) std::memcpy(s.S + i * kLdB, block + i * wp, static_cast<std::size_t>(wp) * sizeof(float));
+}
+
+// Gates, T and P of one value head's half chunk.
+HWY_NOINLINE void PrepareHead(const op::Problem& p, Halves& x, Index h, const BackwardScratch& s) {
   float* G = s.dL;
   if (x.second) {
     LoadGates(p, x.first, h, x.first_gates);
@@ -321,90 +319,40 @@ HWY_NOINLINE void BackwardHead(const op::Problem& p, Halves& x, Index h, Index s
   Decays<kH>(x.gates, x.at.m, G);
   MaskedByDecay<kH>(s.qk, G, x.at.m, s.P);
   MakeInverse(x.gates, s.kk, G, x.at.m, s.wide, s.T);
+}
+
+// One value head's half chunk. `first` of those worked on together sets E and N, the others add to them.
+HWY_NOINLINE void BackwardHead(const op::Problem& p, Halves& x, Index h, bool first, const StateSource& from, float* d_state,
+                               double* gate_sums, const BackwardScratch& s) {
+  GateGradient sum;
+  PrepareHead(p, x, h, s);
   for (Index v0 = 0; v0 < p.V; v0 += kValueBlock) {
-    const Index w = std::min<Index>(kValueBlock, p.V - v0), wp = padded(w);
-    if (state == nullptr) {
-      LoadColumns(p.saved_states, slot, h, p.K, v0, w, s.S, kLdB);
-    } else {
-      const float* block = state + v0 * padded(p.K);
-      for (Index i = 0; i < padded(p.K); ++i) std::memcpy(s.S + i * kLdB, block + i * wp, static_cast<std::size_t>(wp) * sizeof(float));
-    }
+    LoadBlock(p, from, h, v0, std::min<Index>(kValueBlock, p.V - v0), s);
     BackwardBlock(p, x, h, v0, d_state + v0 * padded(p.K), s, sum);
   }
-  BackwardSquare(x.at, x.gates, h % (p.HV / p.H) == 0, s, sum);
+  BackwardSquare(x.at, x.gates, first, s, sum);
   StoreGateGradients(p, x.at, h, x.gates, sum, gate_sums);
 }
 
-// States before the chunks of `block`, recomputed from the checkpoint at its start: [chunk][value head of the group].
-HWY_NOINLINE void RecomputeStates(const op::Problem& p, const Span& block, Index hk, const BackwardScratch& s, float* scratch) {
-  const Index ratio = p.HV / p.H, floats = state_floats(p.K, p.V);
-  const Index slot = op::saved_states_base(p, block.n) + block.first / p.checkpoint_chunks;
-  for (Index r = 0; r < ratio; ++r) {
-    const Index h = hk * ratio + r;
-    float* state = s.states + r * floats;
-    LoadState(p.saved_states, slot, h, p.K, p.V, state);
-    for (Index c = block.first; c + 1 < block.last; ++c) {
-      float* next = state + ratio * floats;
-      std::memcpy(next, state, static_cast<std::size_t>(floats) * sizeof(float));
-      Forward(p, {block.n, c, c + 1}, h, Pass::state, next, scratch);
-      state = next;
-    }
+// What one value head gives to dq, alone: it needs nothing of the state's gradient.
+HWY_NOINLINE void QueryHead(const op::Problem& p, Halves& x, Index h, const StateSource& from, const BackwardScratch& s) {
+  const Index m = x.at.m;
+  PrepareHead(p, x, h, s);
+  for (Index v0 = 0; v0 < p.V; v0 += kValueBlock) {
+    const Index w = std::min<Index>(kValueBlock, p.V - v0), wp = padded(w);
+    LoadBlock(p, from, h, v0, w, s);
+    MakeU(p, x, h, v0, w, s);
+    Transpose(m, wp, s.U, kLdB, s.UT, kLdH);
+    Gemm(m, m, w, {s.d_o, kLdB, 1}, {s.UT, kLdH}, {.data = s.dP, .ld = kLdH, .c0 = v0 == 0 ? 0.0F : 1.0F}, Shape::out_lower);
+    for (Index i = 0; i < m; ++i) ScaleRow(s.d_o + i * kLdB, x.gates.gam[i], wp);
+    Transpose(m, wp, s.d_o, kLdB, s.d_oT, kLdH);
+    Gemm(p.K, m, w, {s.S, kLdB, 1}, {s.d_oT, kLdH}, {.data = s.dqT, .ld = kLdH, .c0 = 1});
   }
-}
-
-// A key head's side of a half chunk, common to its value heads. The first half's keys are needed for the second half already, which comes
-// before it: then they change places.
-HWY_NOINLINE void LoadKeys(const op::Problem& p, const Halves& x, bool kept, Index hk, BackwardScratch& s, float* q_norms, float* k_norms,
-                           float* first_norms) {
-  const Index ld = padded(p.K);
-  const auto load = [&](const op::Tensor& tensor, const Place& at, float factor, float* norms, float* xT) HWY_ATTR {
-    LoadNormed(p, tensor, at, hk, factor, s.rows, ld, norms);
-    Transpose(at.m, ld, s.rows, ld, xT, kLdH);
-  };
-  if (kept) {
-    std::swap(s.kT, s.kT_first);
-    std::swap(s.kk, s.kk_first);
-    std::memcpy(k_norms, first_norms, kH * sizeof(float));
-  } else {
-    load(p.k, x.at, 1, k_norms, s.kT);
-    TimesKeys<kH>(p, s.kT, s.kT, x.at.m, s.kk);
-  }
-  if (x.second) {
-    load(p.k, x.first, 1, first_norms, s.kT_first);
-    TimesKeys<kH>(p, s.kT_first, s.kT_first, x.first.m, s.kk_first);
-  }
-  load(p.q, x.at, static_cast<float>(p.scale), q_norms, s.qT);
-  TimesKeys<kH>(p, s.qT, s.kT, x.at.m, s.qk);
-}
-
-void Backward(const op::Problem& p, const Span& span, std::int64_t hk, float* d_states, double* gate_sums, float* scratch) {
-  const Index ratio = p.HV / p.H, floats = state_floats(p.K, p.V), e = p.checkpoint_chunks;
-  BackwardScratch s(p, scratch);
-  HWY_ALIGN_MAX float q_norms[kH], k_norms[kH], first_norms[kH];
-  Halves x;
-  for (Index end = span.last; end > span.first;) {
-    const Span block{span.n, (end - 1) / e * e, end};
-    if (e > 1) RecomputeStates(p, block, hk, s, scratch);
-    for (Index chunk = block.last - 1; chunk >= block.first; --chunk) {
-      const Place at = PlaceOf(p, span.n, chunk);
-      const Index slot = op::saved_states_base(p, span.n) + chunk;
-      const float* states = e > 1 ? s.states + (chunk - block.first) * ratio * floats : nullptr;
-      for (Index half = at.rows > kH ? 1 : 0; half >= 0; --half) {
-        x.at = HalfOf(at, half);
-        x.first = HalfOf(at, 0);
-        x.second = half > 0;
-        LoadKeys(p, x, !x.second && at.rows > kH, hk, s, q_norms, k_norms, first_norms);
-        Fill(s.dqT, padded(p.K) * kLdH);
-        Fill(s.dkT, padded(p.K) * kLdH);
-        for (Index r = 0; r < ratio; ++r) {
-          const float* state = states == nullptr ? nullptr : states + r * floats;
-          BackwardHead(p, x, hk * ratio + r, slot, state, d_states + r * floats, gate_sums + 2 * r, s);
-        }
-        FinishKeys(p, x.at, hk, s, q_norms, k_norms);
-      }
-    }
-    end = block.first;
-  }
+  float *G = s.T, *E = s.dP, *ET = s.dL;
+  Decays<kH>(x.gates, m, G);
+  MaskedByDecay<kH>(E, G, m, E);
+  Transpose(m, m, E, kLdH, ET, kLdH);
+  Gemm(p.K, m, m, {s.kT, kLdH, 1}, {ET, kLdH}, {.data = s.dqT, .ld = kLdH, .c0 = 1});
 }
 
 }  // namespace HWY_NAMESPACE
