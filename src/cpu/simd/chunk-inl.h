@@ -194,10 +194,9 @@ HWY_NOINLINE void ScaleColumns(float* T, const float* beta, Index m) {
   }
 }
 
-// out = a k^T on and below the diagonal, [m, m], for a = k or q, both transposed: [padded(K), kSquare<C>].
-template <int C>
-HWY_INLINE void TimesKeys(const op::Problem& p, const float* aT, const float* kT, Index m, float* out) {
-  Gemm(m, m, p.K, {aT, 1, kSquare<C>}, {kT, kSquare<C>}, {.data = out, .ld = kSquare<C>}, Shape::out_lower);
+// out = a k^T on and below the diagonal, [m, m], for a = k or q, both transposed [padded(K), m]; all rows ld apart.
+HWY_INLINE void TimesKeys(const op::Problem& p, const float* aT, const float* kT, Index ld, Index m, float* out) {
+  Gemm(m, m, p.K, {aT, 1, ld}, {kT, ld}, {.data = out, .ld = ld}, Shape::out_lower);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -37,10 +37,10 @@ HWY_INLINE void PrepareChunk(const op::Problem& p, const Place& at, Index hk, bo
   if (with_q) LoadTransposed(p, p.q, at, hk, static_cast<float>(p.scale), s.rows, s.qT);
   Decays<kC>(gates, m, s.G);
   if (with_q) {
-    TimesKeys<kC>(p, s.qT, s.kT, m, s.P);
+    TimesKeys(p, s.qT, s.kT, kSquare<kC>, m, s.P);
     MaskedByDecay<kC>(s.P, s.G, m, s.P);
   }
-  TimesKeys<kC>(p, s.kT, s.kT, m, s.T);
+  TimesKeys(p, s.kT, s.kT, kSquare<kC>, m, s.T);
   MakeL<kC>(s.T, s.G, gates, m, s.T);
   Inverse<kC>(m, s.wide, s.T);
 }

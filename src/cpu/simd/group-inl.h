@@ -31,14 +31,14 @@ HWY_NOINLINE void LoadKeys(const op::Problem& p, const Halves& x, bool kept, Ind
     std::memcpy(norms.k, norms.first, sizeof(norms.k));
   } else {
     load(p.k, x.at, 1, norms.k, s.kT);
-    TimesKeys<kH>(p, s.kT, s.kT, x.at.m, s.kk);
+    TimesKeys(p, s.kT, s.kT, kLdH, x.at.m, s.kk);
   }
   if (x.second) {
     load(p.k, x.first, 1, norms.first, s.kT_first);
-    TimesKeys<kH>(p, s.kT_first, s.kT_first, x.first.m, s.kk_first);
+    TimesKeys(p, s.kT_first, s.kT_first, kLdH, x.first.m, s.kk_first);
   }
   load(p.q, x.at, static_cast<float>(p.scale), norms.q, s.qT);
-  TimesKeys<kH>(p, s.qT, s.kT, x.at.m, s.qk);
+  TimesKeys(p, s.qT, s.kT, kLdH, x.at.m, s.qk);
 }
 
 // States before the chunks of `block`, recomputed from the checkpoint at its start: [chunk][value head of the group].
