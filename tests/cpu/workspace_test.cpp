@@ -64,9 +64,11 @@ std::vector<Case> grouped() {
       {.name = "Odd", .T = 107, .HV = 13, .K = 99, .V = 120, .cu_seqlens = {3, 3, 40, 105}, .l2norm = true, .scale = 0.3},
       {.name = "Mixed", .T = 66, .HV = 7, .K = 130, .V = 100, .gate = Gate::mixed, .beta = Beta::sigmoid_twice}};
   std::vector<Case> cases;
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-    for (Case c : shapes) {
-      c.name += dtype == DType::f32 ? "F32" : dtype == DType::bf16 ? "Bf16" : "F16";
+  std::size_t turn = 0;
+  for (Case c : shapes) {
+    const std::string name = c.name;
+    for (const DType dtype : {DType::f32, turn++ % 2 == 0 ? DType::bf16 : DType::f16}) {
+      c.name = name + (dtype == DType::f32 ? "F32" : dtype == DType::bf16 ? "Bf16" : "F16");
       c.dtype = dtype;
       cases.push_back(c);
     }
