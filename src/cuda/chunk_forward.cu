@@ -1,0 +1,197 @@
+// Host side of the forward pass: workspace, tensor maps, launches. Nothing here waits for the device or reads from it, except the check
+// of offsets that FLASHDELTA_CHECK_CU_SEQLENS asks for.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cuda/cuda.hpp"
+#include "cuda/forward/forward.hpp"
+#include "cuda/prepare/prepare.hpp"
+#include "cuda/status.hpp"
+#include "cuda/tensor_map.hpp"
+
+namespace flashdelta::cuda {
+namespace {
+
+using op::Problem;
+
+// The caller's device and no other afterwards.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "asking for the current device");
+    if (before_ == device) return;
+    check(cudaSetDevice(device), "choosing the device");
+    changed_ = true;
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (changed_) static_cast<void>(cudaSetDevice(before_));
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+std::int64_t chunk_numbers(const Problem& p) {
+  return p.cu_seqlens == nullptr ? p.B * ((p.T + kChunk - 1) / kChunk) : p.T / kChunk + p.N;
+}
+
+// Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
+struct Layout {
+  std::int64_t counter = 0, maps = 0, records = 0, size = 0;
+};
+
+Layout layout_of(const Problem& p) {
+  const auto aligned = [](std::int64_t at) { return (at + 127) / 128 * 128; };
+  Layout layout;
+  layout.maps = aligned(layout.counter + sizeof(int));
+  const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
+  layout.records = aligned(layout.maps + maps);
+  layout.size = layout.records + chunk_numbers(p) * p.HV * record_bytes(p.qk_l2norm) + 64;
+  return layout;
+}
+
+device::Type type_of(op::DType dtype) {
+  return dtype == op::DType::f32 ? device::Type::f32 : dtype == op::DType::bf16 ? device::Type::bf16 : device::Type::f16;
+}
+
+// Tensors by (b, t, head), or by head alone.
+Scalars scalars(const op::Tensor& t) {
+  if (t.data == nullptr) return {};
+  if (t.rank == 1) return {t.data, type_of(t.dtype), 0, 0, t.stride[0]};
+  return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2]};
+}
+
+States states(const op::Tensor& t) {
+  if (t.data == nullptr) return {};
+  return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2], t.stride[3]};
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking for the number of multiprocessors");
+  return count;
+}
+
+void check_limits(const Problem& p) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (chunk_numbers(p) * p.H > kMost || p.N * p.HV > kMost) {
+    throw op::Error(FLASHDELTA_VALUE_ERROR, "q: " + std::to_string(p.N) + " sequences of " + std::to_string(p.HV) + " value heads and " +
+                                                std::to_string(chunk_numbers(p)) + " chunks of " + std::to_string(p.H) +
+                                                " key heads; the cuda backend numbers them in 31 bits");
+  }
+}
+
+bool wants_offset_check() {
+  const char* set = std::getenv("FLASHDELTA_CHECK_CU_SEQLENS");
+  return set != nullptr && *set != '\0' && std::string(set) != "0";
+}
+
+// For debugging: reads the offsets back, which waits for the stream.
+void check_offsets(const Problem& p, cudaStream_t stream) {
+  cudaStreamCaptureStatus capture{};
+  check(cudaStreamIsCapturing(stream, &capture), "asking whether the stream is being captured");
+  if (capture != cudaStreamCaptureStatusNone) return;
+  const std::int64_t width = p.cu_seqlens_int64 ? 8 : 4;
+  std::vector<unsigned char> bytes(static_cast<std::size_t>((p.N + 1) * width));
+  // One by one, because the stride may be anything, 0 and negative included.
+  for (std::int64_t i = 0; i <= p.N; ++i) {
+    check(cudaMemcpyAsync(bytes.data() + i * width, static_cast<const unsigned char*>(p.cu_seqlens) + i * p.cu_seqlens_stride * width,
+                          static_cast<std::size_t>(width), cudaMemcpyDeviceToHost, stream),
+          "reading cu_seqlens");
+  }
+  check(cudaStreamSynchronize(stream), "reading cu_seqlens");
+  std::int64_t before = 0;
+  for (std::int64_t i = 0; i <= p.N; ++i) {
+    const std::int64_t x = p.cu_seqlens_int64 ? reinterpret_cast<const std::int64_t*>(bytes.data())[i]
+                                              : reinterpret_cast<const std::int32_t*>(bytes.data())[i];
+    if (x < before || x > p.T) {
+      throw op::Error(FLASHDELTA_VALUE_ERROR, "cu_seqlens: entry " + std::to_string(i) + " is " + std::to_string(x) +
+                                                  "; it must be within [" + std::to_string(before) + ", " + std::to_string(p.T) + "]");
+    }
+    before = x;
+  }
+}
+
+}  // namespace
+
+std::size_t chunk_forward_workspace(const Problem& p) {
+  if (p.T == 0 && p.N == 0) return 0;
+  check_limits(p);
+  return static_cast<std::size_t>(layout_of(p).size);
+}
+
+void chunk_forward(const Problem& p) {
+  const DeviceGuard guard(p.device_id);
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  if (p.cu_seqlens != nullptr && wants_offset_check()) check_offsets(p, stream);
+  if (p.N == 0 && p.B * p.T == 0) return;
+
+  const Layout layout = layout_of(p);
+  auto* base = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(p.workspace) + 127) / 128 * 128);
+  const Sequences sequences{p.cu_seqlens, p.cu_seqlens_stride, p.cu_seqlens_int64 ? 1 : 0, static_cast<int>(p.N), static_cast<int>(p.T)};
+  auto* counter = reinterpret_cast<int*>(base + layout.counter);
+  auto* bounded_maps = p.cu_seqlens == nullptr ? nullptr : reinterpret_cast<CUtensorMap*>(base + layout.maps);
+  const int count = multiprocessors(p.device_id);
+  const auto operand = p.q.dtype == op::DType::f16 ? device::Operand::f16 : device::Operand::bf16;
+
+  // Without tokens there is no tensor to map, and no kernel uses a map.
+  CUtensorMap maps[kMaps] = {};
+  if (p.B * p.T > 0) {
+    maps[kMapQ] = make_tensor_map(p.q, "q");
+    maps[kMapK] = make_tensor_map(p.k, "k");
+    maps[kMapV] = make_tensor_map(p.v, "v");
+    maps[kMapO] = make_tensor_map(p.o, "o");
+  }
+  prepare::Arguments prepared{};
+  prepared.sequences = sequences;
+  prepared.slots = static_cast<int>(p.B * p.T == 0 ? 0 : chunk_numbers(p));
+  prepared.H = static_cast<int>(p.H);
+  prepared.group = static_cast<int>(p.HV / p.H);
+  prepared.l2norm = p.qk_l2norm;
+  prepared.gate_in_kernel = p.gate_in_kernel;
+  prepared.beta_sigmoid = p.beta_sigmoid;
+  prepared.neg_eigval = p.neg_eigval;
+  prepared.g = scalars(p.g);
+  prepared.beta = scalars(p.beta);
+  prepared.A_log = scalars(p.A_log);
+  prepared.dt_bias = scalars(p.dt_bias);
+  prepared.records = base + layout.records;
+  prepared.bounded_maps = bounded_maps;
+  prepared.counter = counter;
+  prepared.o = static_cast<unsigned char*>(p.o.data);
+  prepared.o_token = p.o.stride[1] * op::size_of(p.o.dtype);
+  prepared.o_head = p.o.stride[2] * op::size_of(p.o.dtype);
+  prepared.saved_c = scalars(p.saved_c);
+  prepared.saved_T = scalars(p.saved_T);
+  prepared.saved_T_column = p.saved_T.stride[3];
+  prepared.saved_states = states(p.saved_states);
+  prepared.checkpoint_chunks = p.checkpoint_chunks;
+  prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
+  check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
+
+  forward::Arguments arguments{};
+  arguments.sequences = sequences;
+  arguments.H = prepared.H;
+  arguments.HV = static_cast<int>(p.HV);
+  arguments.l2norm = p.qk_l2norm;
+  arguments.scale = static_cast<float>(p.scale);
+  arguments.records = prepared.records;
+  arguments.bounded_maps = bounded_maps;
+  arguments.counter = counter;
+  arguments.initial_state = states(p.initial_state);
+  arguments.final_state = states(p.final_state);
+  arguments.saved_states = states(p.saved_states);
+  arguments.checkpoint_chunks = p.checkpoint_chunks;
+  check(forward::launch(arguments, maps, operand, count, stream), "launching the chunk loop");
+}
+
+}  // namespace flashdelta::cuda

@@ -1,0 +1,77 @@
+// Copies between global and shared memory that run beside the threads: tensor maps (TMA) and plain runs of bytes.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/device/barrier.cuh"
+
+namespace flashdelta::cuda::device {
+
+// L2 policies for data read or written once (T, o).
+constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ULL;
+
+// Orders this thread's shared-memory writes before later asynchronous copies or wgmma that read them.
+__device__ __forceinline__ void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A box of a (channel, head, token, batch row) tensor into shared memory; `full` counts its bytes.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int channel, int head, int token, int row) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+                   shared_address(to)),
+               "l"(map), "r"(shared_address(&full)), "r"(channel), "r"(head), "r"(token), "r"(row)
+               : "memory");
+}
+// The same backwards, and its own group. Does nothing where `condition` is false.
+__device__ __forceinline__ void store_box_if(bool condition, const CUtensorMap* map, const void* from, int channel, int head, int token,
+                                             int row) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+      "@p cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %7;\n"
+      "@p cp.async.bulk.commit_group;\n}" ::"l"(map),
+      "r"(shared_address(from)), "r"(channel), "r"(head), "r"(token), "r"(row), "r"(static_cast<int>(condition)), "l"(kEvictFirst)
+      : "memory");
+}
+// `bytes` (a multiple of 16) as they lie.
+__device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes, Barrier& full) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(kEvictFirst)
+      : "memory");
+}
+__device__ __forceinline__ void store_bytes(void* to, std::uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+// Until shared memory may be written again / until the data is in global memory. For the thread that stored.
+__device__ __forceinline__ void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// Brings `bytes` (a multiple of 16) into L2.
+__device__ __forceinline__ void prefetch_bytes(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Writes to `to` (global) a copy of `map` whose token axis ends at `end`: boxes then read zeros, and write nothing, past a sequence's
+// end, whatever lies there. One warp; `scratch` is 128 aligned bytes of shared memory.
+__device__ __forceinline__ void write_bounded_map(CUtensorMap* to, const CUtensorMap& map, int end, std::uint32_t* scratch, int lane) {
+  scratch[lane] = reinterpret_cast<const std::uint32_t*>(&map)[lane];
+  __syncwarp();
+  if (lane == 0) {
+    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 2, %1;" ::"r"(shared_address(scratch)), "r"(end)
+                 : "memory");
+  }
+  __syncwarp();
+  asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(to),
+               "r"(shared_address(scratch))
+               : "memory");
+  __syncwarp();
+}
+// Before a map written by an earlier kernel is used; for the thread that uses it.
+__device__ __forceinline__ void acquire_map(const CUtensorMap* map) {
+  asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+
+}  // namespace flashdelta::cuda::device

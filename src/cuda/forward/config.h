@@ -1,0 +1,22 @@
+// Constants of the chunk loop, each with its reason.
+#pragma once
+
+namespace flashdelta::cuda::forward {
+
+constexpr int kThreads = 512;  // an auxiliary warpgroup, two consumers, and one of two producer and two factor warps
+
+// Stages: chunks of q, k and the record in flight, with the P and factors made from them. Three hide a load's latency behind two chunks;
+// v has one more, because o leaves through the tile that v came in.
+constexpr int kStages = 3;
+constexpr int kValueStages = 4;
+
+// Registers per thread: 208 * 256 + 72 * 128 + 24 * 128 = 65,536. Consumers below 208 make ptxas serialise the products (C7512).
+constexpr int kConsumerRegisters = 208;
+constexpr int kAuxiliaryRegisters = 72;
+constexpr int kProducerRegisters = 24;
+
+// Named barriers (0 is __syncthreads).
+constexpr int kConsumerBarrier = 1;  // and 2: inside a consumer
+constexpr int kTurnBarrier = 3;      // and 4: whose turn it is to issue products
+
+}  // namespace flashdelta::cuda::forward

@@ -1,0 +1,27 @@
+// The chunk loop: o and final states from q, k, v and the records that `prepare` made.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/device/fragment.cuh"
+#include "cuda/layout.cuh"
+
+namespace flashdelta::cuda::forward {
+
+struct Arguments {
+  Sequences sequences;
+  int H, HV;
+  bool l2norm;
+  float scale;
+  const unsigned char* records;
+  const CUtensorMap* bounded_maps;  // null where no map needs a bound
+  int* counter;                     // hands out items after the first of each CTA
+  States initial_state, final_state, saved_states;
+  int checkpoint_chunks;
+};
+
+// `maps`: kMaps tensor maps of the call. To be launched right behind `prepare` on the same stream, whose tail it overlaps.
+cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, device::Operand operand, int multiprocessors, cudaStream_t stream);
+
+}  // namespace flashdelta::cuda::forward

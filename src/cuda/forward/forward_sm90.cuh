@@ -1,0 +1,611 @@
+// Device code of the chunk loop. Formulas: algebra.md ("Forward, one chunk"); timeline and budgets: README.md beside this file.
+//
+// The state is held transposed: consumer w has rows 64 w .. 64 w + 63 of S^T (its value columns) in registers for a whole item, so that
+// every product has the state, or a function of it, as its A operand from registers, and the two consumers exchange nothing.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/device/barrier.cuh"
+#include "cuda/device/copy.cuh"
+#include "cuda/device/fragment.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/forward/config.h"
+#include "cuda/forward/forward.hpp"
+#include "cuda/layout.cuh"
+
+namespace flashdelta::cuda::forward {
+
+using device::Barrier;
+using device::Operand;
+using std::uint32_t;
+using std::uint64_t;
+
+// What one CTA works on from a zero or given state to the end: chunks of one value head of one sequence. chunks < 0: no more work.
+struct Item {
+  int sequence, head, row, token, length, chunks, slot;
+};
+
+struct alignas(1024) Shared {
+  unsigned char k[kStages][2][kChunk * 128], q[kStages][2][kChunk * 128];  // 128-byte swizzled halves
+  unsigned char v[kValueStages][2][kChunk * 128];
+  struct alignas(256) Record {
+    unsigned char panels[kStagedPanelBytes];
+    RecordTail tail;
+  } t[kStages];  // T as the products want it
+  alignas(1024) unsigned char p[kStages][kStagedPanelBytes];     // P in the same panels
+  // Per token; 1 / |k| and 1 / |q| with the l2-norm only, or else 2^-e for 1 / |k|.
+  float read[kStages][kChunk];   // -beta gam / |k|: what k S is scaled by
+  float write[kStages][kChunk];  // exp(c_last - c) / |k|: what U is scaled by on its way into the state
+  float out[kStages][kChunk];    // gam * scale / |q|
+  float query[kStages][kChunk];  // scale / |q|
+  float key[kStages][kChunk];    // 1 / |k|
+  float decay[kStages];          // exp(c_last)
+  Item item[2];
+  Barrier loaded[kStages], normed[kStages], made[kStages], released[kStages];
+  Barrier v_loaded[kValueStages], v_released[kValueStages];
+  Barrier item_full[2], item_empty[2];
+};
+static_assert(sizeof(Shared) <= 227 * 1024, "more than a multiprocessor's shared memory");
+
+// A ring's place: index and phase parity.
+template <int N>
+struct Place {
+  int at = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++at == N) at = 0, parity ^= 1;
+  }
+};
+
+// Items come through a ring of two: the producer is up to three chunks ahead of the others.
+struct ItemReader {
+  Place<2> place;
+  __device__ __forceinline__ Item next(Shared& s) {
+    device::barrier_wait(s.item_full[place.at], place.parity);
+    const Item item = s.item[place.at];
+    device::barrier_arrive(s.item_empty[place.at]);
+    place.next();
+    return item;
+  }
+};
+
+__device__ __forceinline__ const CUtensorMap* bounded(const Arguments& a, int sequence, MapIndex which) {
+  return a.bounded_maps + sequence * kMaps + which;
+}
+
+// --- the producer threads: one hands out items and loads keys, queries and records, the other loads values
+
+// The map of a chunk: the bounded one where it is a packed sequence's last and not full.
+__device__ __forceinline__ const CUtensorMap* map_of(const Arguments& a, const Item& item, int chunk, const CUtensorMap* whole, MapIndex which) {
+  return a.bounded_maps != nullptr && (chunk + 1) * kChunk > item.length ? bounded(a, item.sequence, which) : whole;
+}
+
+__device__ __forceinline__ Item item_of(const Arguments& a, int index) {
+  Item item{};
+  item.chunks = -1;
+  if (index < a.sequences.N * a.HV) {
+    const int n = index / a.HV;
+    const Sequences::Span span = a.sequences.span(n);
+    item = {n, index % a.HV, span.row, span.begin, span.length, span.chunks(), span.slot};
+  }
+  return item;
+}
+
+__device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k) {
+  Place<2> ring;
+  Place<kStages> stage;
+  int index = blockIdx.x;
+#pragma unroll 1
+  for (;;) {
+    const Item item = item_of(a, index);
+    device::barrier_wait_long(s.item_empty[ring.at], ring.parity ^ 1);
+    s.item[ring.at] = item;
+    device::barrier_arrive(s.item_full[ring.at]);
+    ring.next();
+    if (item.chunks < 0) return;
+    index = gridDim.x + atomicAdd(a.counter, 1);
+    if (a.bounded_maps != nullptr && item.length % kChunk != 0) {
+      device::acquire_map(bounded(a, item.sequence, kMapQ));
+      device::acquire_map(bounded(a, item.sequence, kMapK));
+    }
+    const int key_head = item.head / (a.HV / a.H), bytes = record_bytes(a.l2norm);
+    const unsigned char* record = a.records + (static_cast<std::int64_t>(item.slot) * a.HV + item.head) * bytes;
+#pragma unroll 1
+    for (int c = 0; c < item.chunks; ++c) {
+      Barrier& loaded = s.loaded[stage.at];
+      device::barrier_wait_long(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_arrive_expect(loaded, 2 * kChunk * kHead * 2 + bytes);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        device::load_box(s.k[stage.at][half], map_of(a, item, c, map_k, kMapK), loaded, half * kTile, key_head, item.token + c * kChunk, item.row);
+      }
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        device::load_box(s.q[stage.at][half], map_of(a, item, c, map_q, kMapQ), loaded, half * kTile, key_head, item.token + c * kChunk, item.row);
+      }
+      unsigned char* t = s.t[stage.at].panels;
+      device::load_bytes(t, record, panel_offset(1), loaded);
+      device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
+      device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
+      record += static_cast<std::int64_t>(a.HV) * bytes;
+      stage.next();
+    }
+  }
+}
+
+__device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v) {
+  ItemReader items;
+  Place<kValueStages> stage;
+#pragma unroll 1
+  for (Item item = items.next(s); item.chunks >= 0; item = items.next(s)) {
+    if (a.bounded_maps != nullptr && item.length % kChunk != 0) device::acquire_map(bounded(a, item.sequence, kMapV));
+#pragma unroll 1
+    for (int c = 0; c < item.chunks; ++c) {
+      device::barrier_wait_long(s.v_released[stage.at], stage.parity ^ 1);
+      device::barrier_arrive_expect(s.v_loaded[stage.at], kChunk * kHead * 2);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        device::load_box(s.v[stage.at][half], map_of(a, item, c, map_v, kMapV), s.v_loaded[stage.at], half * kTile, item.head,
+                         item.token + c * kChunk, item.row);
+      }
+      stage.next();
+    }
+  }
+}
+
+// --- the factor warps: everything that is per token, one token a thread
+
+// 1 / |q| of a row of the q tile.
+template <Operand Type>
+__device__ __forceinline__ float inverse_query_norm(const Shared& s, int stage, int row) {
+  float sum = 0.F;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 2
+    for (int unit = 0; unit < 8; ++unit) {
+      // Rows start at different units, or their banks would meet.
+      const uint4 x = *reinterpret_cast<const uint4*>(s.q[stage][half] + row * 128 + ((unit + row) & 7) * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = device::unpack<Type>(i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w);
+        sum = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sum));
+      }
+    }
+  }
+  return rsqrtf(sum + 1e-6F);
+}
+
+template <Operand Type>
+__device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int token) {
+  ItemReader items;
+  Place<kStages> stage;
+#pragma unroll 1
+  for (int chunks = items.next(s).chunks; chunks >= 0; chunks = items.next(s).chunks) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int at = stage.at;
+      device::barrier_wait_long(s.loaded[at], stage.parity);
+      const RecordTail& record = s.t[at].tail;
+      // Keys scaled by 2^-e count as normalised ones whose values are scaled by 2^e; the record's beta has that factor.
+      const float key = a.l2norm ? record.norm[token] : exp2f(-static_cast<float>(record.exponent[token]));
+      const float query = a.l2norm ? a.scale * inverse_query_norm<Type>(s, at, token) : a.scale;
+      s.query[at][token] = query;
+      s.key[at][token] = key;
+      device::barrier_arrive(s.normed[at]);
+      const float c = record.c[token], last = record.c[kChunk - 1], gamma = device::exp2_fast(c);
+      s.read[at][token] = -gamma * (a.l2norm ? key : 1.F) * record.beta[token];
+      s.write[at][token] = device::exp2_fast(last - c) * key;
+      s.out[at][token] = gamma * query;
+      if (token == 0) s.decay[at] = device::exp2_fast(last);
+      device::barrier_arrive(s.made[at]);
+      stage.next();
+    }
+  }
+}
+
+// --- the auxiliary warpgroup: P
+
+// Blocks (warp, 0 .. Blocks - 1) of P = scale * lower(q k^T) * G, from the rows of q k^T that this warp holds.
+template <Operand Type, int Blocks>
+__device__ __forceinline__ void make_p(const float (&A)[32], const float* c, const float* key, const float (&row_scale)[2], uint32_t to,
+                                       int warp, int lane) {
+  const int row = warp * 16 + lane / 4, column = 2 * (lane % 4);
+  const float c0 = c[row], c1 = c[row + 8];
+#pragma unroll
+  for (int J = 0; J < Blocks; ++J) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int j = 16 * J + 8 * v + column, e = 8 * J + 4 * v;
+      const float2 cj = *reinterpret_cast<const float2*>(c + j);
+      const float2 nj = *reinterpret_cast<const float2*>(key + j);
+      const float left0 = row_scale[0] * nj.x, right0 = row_scale[0] * nj.y, left1 = row_scale[1] * nj.x, right1 = row_scale[1] * nj.y;
+      float p00 = A[e] * left0 * device::exp2_fast(c0 - cj.x), p01 = A[e + 1] * right0 * device::exp2_fast(c0 - cj.y);
+      float p10 = A[e + 2] * left1 * device::exp2_fast(c1 - cj.x), p11 = A[e + 3] * right1 * device::exp2_fast(c1 - cj.y);
+      // Selected, not multiplied: above the diagonal the exponential may be infinite.
+      p00 = j <= row ? p00 : 0.F, p01 = j + 1 <= row ? p01 : 0.F;
+      p10 = j <= row + 8 ? p10 : 0.F, p11 = j + 1 <= row + 8 ? p11 : 0.F;
+      packed[2 * v] = device::pack<Type>(p00, p01), packed[2 * v + 1] = device::pack<Type>(p10, p11);
+    }
+    device::store_matrices(to + staged_panel(J), packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+template <Operand Type>
+__device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
+  const int lane = tid % 32, warp = __shfl_sync(~0U, tid / 32, 0);
+  ItemReader items;
+  Place<kStages> stage;
+#pragma unroll 1
+  for (Item item = items.next(s); item.chunks >= 0; item = items.next(s)) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < item.chunks; ++chunk) {
+      const int at = stage.at;
+      const float* c = s.t[at].tail.c;
+      device::barrier_wait(s.loaded[at], stage.parity);
+      float A[32];
+      const uint64_t q = device::describe_rows_128(s.q[at][0]), k = device::describe_rows_128(s.k[at][0]);
+      device::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 8; ++step) {
+        const int bytes = (step / 4) * kChunk * 128 + (step % 4) * 32;
+        if (step == 0) {
+          device::wgmma_ss_n64<Type, true>(A, q, k);
+        } else {
+          device::wgmma_ss_n64<Type, false>(A, device::advance(q, bytes), device::advance(k, bytes));
+        }
+      }
+      device::wgmma_commit();
+      const int row = warp * 16 + lane / 4;
+      device::barrier_wait(s.normed[at], stage.parity);
+      const float row_scale[2] = {s.query[at][row], s.query[at][row + 8]};
+      device::wgmma_wait<0>();
+      device::hold(A);
+      const int stored_row = warp * 16 + (lane & 15);
+      const uint32_t to = device::shared_address(s.p[at]) + stored_row * 32 + (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
+      if (warp == 0) make_p<Type, 1>(A, c, s.key[at], row_scale, to, 0, lane);
+      if (warp == 1) make_p<Type, 2>(A, c, s.key[at], row_scale, to, 1, lane);
+      if (warp == 2) make_p<Type, 3>(A, c, s.key[at], row_scale, to, 2, lane);
+      if (warp == 3) make_p<Type, 4>(A, c, s.key[at], row_scale, to, 3, lane);
+      device::fence_shared_to_async();
+      device::barrier_arrive(s.made[at]);
+      stage.next();
+    }
+  }
+}
+
+// --- the consumers: the state
+
+// Element (k, v) of S for register i of S^T: rows v, columns k.
+__device__ __forceinline__ int state_k(int i, int lane) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; }
+__device__ __forceinline__ int state_v(int i, int first_row, int lane) { return first_row + lane / 4 + i / 2 % 2 * 8; }
+
+__device__ __forceinline__ void load_state(float (&S)[64], const States& from, std::int64_t offset, int first_row, int lane) {
+  if (from.data == nullptr) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) S[i] = 0.F;
+    return;
+  }
+  const auto fill = [&](auto read) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) S[i] = read(offset + state_k(i, lane) * from.k + state_v(i, first_row, lane) * from.v);
+  };
+  if (from.type == device::Type::f32) {
+    fill([&](std::int64_t at) { return static_cast<const float*>(from.data)[at]; });
+  } else if (from.type == device::Type::bf16) {
+    fill([&](std::int64_t at) { return __bfloat162float(static_cast<const __nv_bfloat16*>(from.data)[at]); });
+  } else {
+    fill([&](std::int64_t at) { return __half2float(static_cast<const __half*>(from.data)[at]); });
+  }
+}
+
+__device__ __forceinline__ void store_state(const float (&S)[64], const States& to, std::int64_t offset, int first_row, int lane) {
+  const auto spill = [&](auto write) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) write(offset + state_k(i, lane) * to.k + state_v(i, first_row, lane) * to.v, S[i]);
+  };
+  if (to.type == device::Type::f32) {
+    spill([&](std::int64_t at, float x) { static_cast<float*>(to.data)[at] = x; });
+  } else if (to.type == device::Type::bf16) {
+    spill([&](std::int64_t at, float x) { static_cast<__nv_bfloat16*>(to.data)[at] = __float2bfloat16(x); });
+  } else {
+    spill([&](std::int64_t at, float x) { static_cast<__half*>(to.data)[at] = __float2half(x); });
+  }
+}
+
+// U (64 x 64) = or += A (64 x 64, four k steps) B^T, B lower triangular in staged panels: rows 0..31 meet two panels, 32..63 all four.
+template <Operand Type, bool Fresh>
+__device__ __forceinline__ void multiply_panels(float (&U)[32], const uint32_t* a, uint64_t panels) {
+  device::wgmma_rs_n32<Type, Fresh>(U, a, panels);
+  device::wgmma_rs_n32<Type, Fresh>(U + 16, a, device::advance(panels, staged_panel(0) + 1024));
+  device::wgmma_rs_n32<Type, false>(U, a + 4, device::advance(panels, staged_panel(1)));
+  device::wgmma_rs_n32<Type, false>(U + 16, a + 4, device::advance(panels, staged_panel(1) + 1024));
+  device::wgmma_rs_n32<Type, false>(U + 16, a + 8, device::advance(panels, staged_panel(2) + 1024));
+  device::wgmma_rs_n32<Type, false>(U + 16, a + 12, device::advance(panels, staged_panel(3) + 1024));
+}
+
+template <Operand Type>
+__device__ __forceinline__ void multiply_tile(float (&U)[32], const uint32_t* state, uint64_t tile) {
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    if (step == 0) {
+      device::wgmma_rs_n64<Type, true>(U, state, tile);
+    } else {
+      device::wgmma_rs_n64<Type, false>(U, state + 4 * step, device::advance(tile, (step / 4) * kChunk * 128 + (step % 4) * 32));
+    }
+  }
+}
+
+// A hard chunk, token by token in float32, on the state as it lies in registers: about ten times as long as the products take, and as
+// exact as the recurrence itself. o replaces v in its tile.
+template <Operand Type>
+__device__ __forceinline__ void step_through(const Arguments& a, const Shared& s, float (&S)[64], int at, unsigned char* v_tile, int warp,
+                                             int lane) {
+  const RecordTail& record = s.t[at].tail;
+  const int pair = lane % 4, first = warp * 16 + lane / 4;  // its value columns: first and first + 8
+  float c_before = 0.F;
+#pragma unroll 1
+  for (int t = 0; t < kChunk; ++t) {
+    const float c = record.c[t], key = s.key[at][t], decay = device::exp2_fast(c - c_before);
+    c_before = c;
+    const auto channels = [&](const unsigned char (&tile)[2][kChunk * 128], int j) {  // 8 j + 2 pair and the one after it
+      return device::unpack<Type>(*reinterpret_cast<const uint32_t*>(tile[j / 8] + t * 128 + (((j % 8) ^ (t & 7)) << 4) + pair * 4));
+    };
+    float read0 = 0.F, read1 = 0.F;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float2 k = channels(s.k[at], j);
+      S[4 * j] *= decay, S[4 * j + 1] *= decay, S[4 * j + 2] *= decay, S[4 * j + 3] *= decay;
+      read0 = fmaf(k.x, S[4 * j], fmaf(k.y, S[4 * j + 1], read0)), read1 = fmaf(k.x, S[4 * j + 2], fmaf(k.y, S[4 * j + 3], read1));
+    }
+#pragma unroll
+    for (int o = 1; o < 4; o <<= 1) read0 += __shfl_xor_sync(~0U, read0, o), read1 += __shfl_xor_sync(~0U, read1, o);
+    const auto element = [&](int v) { return v_tile + t * 128 + (((v / 8) ^ (t & 7)) << 4) + v % 8 * 2; };
+    using Element = std::conditional_t<Type == Operand::f16, __half, __nv_bfloat16>;
+    auto* v0 = reinterpret_cast<Element*>(element(first));
+    auto* v1 = reinterpret_cast<Element*>(element(first + 8));
+    const float beta = record.beta[t], read_scale = a.l2norm ? key : 1.F;
+    const float u0 = key * beta * (static_cast<float>(*v0) - read_scale * read0);
+    const float u1 = key * beta * (static_cast<float>(*v1) - read_scale * read1);
+    float o0 = 0.F, o1 = 0.F;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float2 k = channels(s.k[at], j), q = channels(s.q[at], j);
+      S[4 * j] = fmaf(k.x, u0, S[4 * j]), S[4 * j + 1] = fmaf(k.y, u0, S[4 * j + 1]);
+      S[4 * j + 2] = fmaf(k.x, u1, S[4 * j + 2]), S[4 * j + 3] = fmaf(k.y, u1, S[4 * j + 3]);
+      o0 = fmaf(q.x, S[4 * j], fmaf(q.y, S[4 * j + 1], o0)), o1 = fmaf(q.x, S[4 * j + 2], fmaf(q.y, S[4 * j + 3], o1));
+    }
+#pragma unroll
+    for (int o = 1; o < 4; o <<= 1) o0 += __shfl_xor_sync(~0U, o0, o), o1 += __shfl_xor_sync(~0U, o1, o);
+    const float query = s.query[at][t];
+    __syncwarp();
+    if (pair == 0) *v0 = static_cast<Element>(query * o0), *v1 = static_cast<Element>(query * o1);
+  }
+}
+
+template <Operand Type>
+__device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUtensorMap* map_o, int w, int tid) {
+  using device::pack;
+  const int warp = __shfl_sync(~0U, tid / 32, 0), first_row = w * 64 + warp * 16;
+  int lane = tid % 32, column = 2 * (lane % 4);
+  // This lane's row of a 16 x 16 block of a transposed v or o tile.
+  uint32_t v_offset;
+  {
+    const int row = lane % 8 + (lane >> 4) * 8, unit = 2 * warp + (lane >> 3 & 1);
+    v_offset = row * 128 + ((unit ^ (row & 7)) << 4);
+  }
+  device::keep(tid), device::keep(lane), device::keep(column), device::keep(v_offset);
+  ItemReader items;
+  Place<kStages> stage;
+  Place<kValueStages> v_stage;
+  float S[64], U[32], O[32];
+  uint32_t S16[32], O16[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) O16[i] = 0;
+  // The output of the chunk before, on its way out; it may be another item's. After a hard chunk it is in its tile already.
+  bool pending = false, placed = false;
+  int before = kValueStages - 1, o_head = 0, o_token = 0, o_row = 0;
+  const CUtensorMap* o_map = map_o;
+  const auto put_o = [&] {
+    const uint32_t to = device::shared_address(s.v[before][w]) + v_offset;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) device::store_matrices_transposed(to + i * 2048, O16 + 4 * i);
+  };
+  const auto send_o = [&] {
+    device::fence_shared_to_async();
+    device::named_sync(kConsumerBarrier + w, 128);
+    device::store_box_if(tid == 0 && pending, o_map, s.v[before][w], w * kTile, o_head, o_token, o_row);
+  };
+  if (w == 1) device::named_arrive(kTurnBarrier, 256);
+#pragma unroll 1
+  for (Item item = items.next(s); item.chunks >= 0; item = items.next(s)) {
+    const bool has_tail = a.bounded_maps != nullptr && item.length % kChunk != 0;
+    if (has_tail && tid == 0) device::acquire_map(bounded(a, item.sequence, kMapO));
+    load_state(S, a.initial_state, item.sequence * a.initial_state.sequence + item.head * a.initial_state.head, first_row, lane);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+    if (item.chunks > 0) {
+      device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+      device::barrier_wait(s.made[stage.at], stage.parity);
+    }
+#pragma unroll 1
+    for (int c = 0; c < item.chunks; ++c) {
+      const int at = stage.at;
+      const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
+      const float decay = s.decay[at];
+      if (a.saved_states.data != nullptr && c % a.checkpoint_chunks == 0) {
+        const std::int64_t slot = (static_cast<std::int64_t>(item.row) * a.sequences.T + item.token) / (kChunk * a.checkpoint_chunks) +
+                                  item.sequence + c / a.checkpoint_chunks;
+        store_state(S, a.saved_states, slot * a.saved_states.sequence + item.head * a.saved_states.head, first_row, lane);
+      }
+      if (s.t[at].tail.hard != 0) {
+        device::named_sync(kTurnBarrier + w, 256);
+        device::named_arrive(kTurnBarrier + 1 - w, 256);
+        if (pending && !placed) put_o();
+        send_o();
+        step_through<Type>(a, s, S, at, s.v[v_stage.at][w], warp, lane);
+        device::wait_stores_read();
+        device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
+        pending = placed = true, before = v_stage.at, o_head = item.head, o_token = item.token + c * kChunk, o_row = item.row;
+        o_map = has_tail && c == item.chunks - 1 ? bounded(a, item.sequence, kMapO) : map_o;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+        __syncwarp();
+        device::barrier_arrive_if(s.released[at], lane == 0);
+        stage.next();
+        v_stage.next();
+        if (c + 1 < item.chunks) {
+          device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+          device::barrier_wait(s.made[stage.at], stage.parity);
+        }
+        continue;
+      }
+      device::named_sync(kTurnBarrier + w, 256);
+      device::wgmma_fence();
+      multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
+      device::wgmma_commit();
+      if (pending && !placed) put_o();
+      // Waits for nothing, but ptxas must see that S is free while the product runs.
+      device::wgmma_wait<1>();
+      device::hold(S);
+#pragma unroll
+      for (int i = 0; i < 64; ++i) S[i] *= decay;
+      device::hold(S);
+      uint32_t V16[16];
+      {
+        const uint32_t from = device::shared_address(s.v[v_stage.at][w]) + v_offset;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) device::load_matrices_transposed(V16 + 4 * i, from + i * 2048);
+      }
+      float2 factor[8], beta[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        factor[j] = device::load_shared_pair(s.read[at] + 8 * j + column), beta[j] = device::load_shared_pair(s.t[at].tail.beta + 8 * j + column);
+      }
+      send_o();
+      device::wgmma_wait<0>();
+      device::hold(U);
+      uint32_t X16[16];  // X^T = beta (v - gam k S)^T
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 v0 = device::unpack<Type>(V16[2 * j]), v1 = device::unpack<Type>(V16[2 * j + 1]);
+        X16[2 * j] = pack<Type>(fmaf(U[4 * j], factor[j].x, v0.x * beta[j].x), fmaf(U[4 * j + 1], factor[j].y, v0.y * beta[j].y));
+        X16[2 * j + 1] = pack<Type>(fmaf(U[4 * j + 2], factor[j].x, v1.x * beta[j].x), fmaf(U[4 * j + 3], factor[j].y, v1.y * beta[j].y));
+      }
+      device::wgmma_fence();
+      multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
+      device::wgmma_commit();
+      multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
+      device::wgmma_commit();
+      device::named_arrive(kTurnBarrier + 1 - w, 256);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) factor[j] = device::load_shared_pair(s.write[at] + 8 * j + column);
+      device::wgmma_wait<1>();
+      device::hold(U);
+      uint32_t U16[16];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        U16[2 * j] = pack<Type>(U[4 * j] * factor[j].x, U[4 * j + 1] * factor[j].y);
+        U16[2 * j + 1] = pack<Type>(U[4 * j + 2] * factor[j].x, U[4 * j + 3] * factor[j].y);
+      }
+      const uint64_t k_columns = device::describe_columns_128(s.k[at][0], kChunk * 128);
+      device::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {  // S^T = decay S^T + (exp(c_last - c) U)^T k
+        device::wgmma_rs_n128_columns<Type>(S, U16 + 4 * step, device::advance(k_columns, step * 2048));
+      }
+      device::wgmma_commit();
+#pragma unroll
+      for (int j = 0; j < 8; ++j) factor[j] = device::load_shared_pair(s.out[at] + 8 * j + column);
+      device::wgmma_wait<1>();
+      device::hold(O);
+      device::hold(U);
+      uint32_t Up16[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) Up16[i] = pack<Type>(U[2 * i], U[2 * i + 1]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        O[4 * j] *= factor[j].x, O[4 * j + 1] *= factor[j].y, O[4 * j + 2] *= factor[j].x, O[4 * j + 3] *= factor[j].y;
+      }
+      device::wgmma_fence();
+      multiply_panels<Type, false>(O, Up16, device::describe_panel(s.p[at]));  // O^T = gam scale O^T + U^T P^T
+      device::wgmma_commit();
+      device::wait_stores_read();
+      device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
+      pending = true, placed = false, before = v_stage.at, o_head = item.head, o_token = item.token + c * kChunk, o_row = item.row;
+      o_map = has_tail && c == item.chunks - 1 ? bounded(a, item.sequence, kMapO) : map_o;
+      stage.next();
+      v_stage.next();
+      if (c + 1 < item.chunks) {
+        device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+        device::barrier_wait(s.made[stage.at], stage.parity);
+      }
+      device::wgmma_wait<1>();
+      device::hold(S);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+      device::wgmma_wait<0>();
+      device::hold(O);
+      device::barrier_arrive_if(s.released[at], lane == 0);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
+    }
+    if (a.final_state.data != nullptr) {
+      store_state(S, a.final_state, item.sequence * a.final_state.sequence + item.head * a.final_state.head, first_row, lane);
+    }
+  }
+  if (pending && !placed) put_o();
+  send_o();
+  if (tid == 0) device::wait_stores_done();
+}
+
+template <Operand Type>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
+                   const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_o) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  Shared& s = *reinterpret_cast<Shared*>(raw);
+  const int tid = threadIdx.x % 128, group = __shfl_sync(~0U, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      device::barrier_init(s.loaded[i], 1);
+      device::barrier_init(s.normed[i], kChunk);
+      device::barrier_init(s.made[i], 128 + kChunk);
+      device::barrier_init(s.released[i], 8);
+    }
+    for (int i = 0; i < kValueStages; ++i) {
+      device::barrier_init(s.v_loaded[i], 1);
+      device::barrier_init(s.v_released[i], 2);
+    }
+    for (int i = 0; i < 2; ++i) {
+      device::barrier_init(s.item_full[i], 1);
+      device::barrier_init(s.item_empty[i], 3 * 128 + 1 + kChunk);
+    }
+    device::barrier_init_fence();
+    device::prefetch_map(&map_q), device::prefetch_map(&map_k), device::prefetch_map(&map_v), device::prefetch_map(&map_o);
+  }
+  // The rows on top of panels 1 and 3 stay zero for good.
+  for (int i = threadIdx.x; i < kStages * 2 * 32; i += kThreads) {
+    const int hole = i / 32 % 2, unit = i % 32;
+    const int at = (hole == 0 ? staged_panel(1) : staged_panel(3) + 1024) + unit * 16;
+    *reinterpret_cast<uint4*>(s.t[i / 64].panels + at) = make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(s.p[i / 64] + at) = make_uint4(0, 0, 0, 0);
+  }
+  device::fence_shared_to_async();
+  __syncthreads();
+  device::wait_for_previous_launch();
+  if (group == 3) {
+    device::fewer_registers<kProducerRegisters>();
+    if (tid == 0) produce_keys(a, s, &map_q, &map_k);
+    if (tid == 32) produce_values(a, s, &map_v);
+    if (tid >= kChunk) make_factors<Type>(a, s, tid - kChunk);
+  } else if (group == 0) {
+    device::fewer_registers<kAuxiliaryRegisters>();
+    assist<Type>(a, s, tid);
+  } else {
+    device::more_registers<kConsumerRegisters>();
+    consume<Type>(a, s, &map_o, group - 1, tid);
+  }
+}
+
+}  // namespace flashdelta::cuda::forward

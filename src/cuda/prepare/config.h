@@ -1,0 +1,38 @@
+// Constants of `prepare`, each with its reason.
+#pragma once
+
+namespace flashdelta::cuda::prepare {
+
+// Above this largest beta |k|^2 of a chunk, operands of the inverse are held as two fp16 numbers. At 1 with keys of cosine 0.9 one number
+// gives T an error of 1.4e-3, at 2 with equal keys 7.5e-3 (two: 2.0e-3); the contract leaves o 5e-3.
+constexpr float kSplitAbove = 1.1F;
+
+// Where 16-bit operands no longer hold the contract: U is then what is left of much larger terms, and their rounding shows. Such a chunk is
+// marked hard, and the loop takes it token by token. Two things cancel: keys like one another (ratio: the mean of (k_i . k_j)^2 over
+// neighbours, weighted by beta and the gates between them; 1 for equal keys), and betas near 2 (reflections forget nothing). A chunk is
+// hard above beta * mean(beta^2) + ratio_weight * ratio = 1, or above a ratio alone. Measured on 512 tokens, a quarter of the heads
+// without gate (error of o): bf16, contract 5e-3: beta 1 with cosine 0 / 0.7 / 0.9: 4.1e-3 / 4.7e-3 / 5.4e-3; beta 0.5 with cosine
+// 0.9 / 0.99: 4.6e-3 / 6.3e-3; beta 1.5, cosine 0: 5.1e-3. fp16, contract 1e-3: beta 1 with cosine 0 / 0.5 / 0.9: 5.4e-4 / 9.2e-4 /
+// 1.2e-3; beta 2, cosine 0: 1.03e-3.
+struct Hardness {
+  float beta_square, ratio, ratio_alone;
+};
+constexpr Hardness kHardBf16{0.57F, 0.69F, 0.85F};
+constexpr Hardness kHardF16{0.35F, 2.F, 0.5F};
+// The ratio says nothing where all of L is small: below this sum of squares of what weighs it.
+constexpr float kSmallestWeight = 0.5F;
+// fp16 alone: keys of |k| >= 2^5 come with values below its normal numbers on one side of a product.
+constexpr int kHardExponentF16 = 5;
+
+// Keys up to this |k|^2 go into fp16 products as they are; larger ones (or with the l2-norm, all) are first scaled to length 1, since fp16
+// ends at 65504. Products of smaller keys only lose what is negligible beside the identity.
+constexpr float kLargestPlainNorm = 4.F;
+// |k|^2 below this counts as this: a zero key then has a finite 1 / |k|, which only ever meets zeros.
+constexpr float kSmallestNorm = 1e-24F;
+constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
+
+// CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 7 KB of exchange, 8 KB a warp), and
+// 128 registers a thread for four warps.
+constexpr int ctas_per_multiprocessor(int warps) { return warps == 1 ? 6 : warps == 2 ? 5 : 4; }
+
+}  // namespace flashdelta::cuda::prepare

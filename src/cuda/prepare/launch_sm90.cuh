@@ -1,0 +1,33 @@
+// Which instantiation of `prepare` runs: a warp per value head of a key head, up to four.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/prepare/prepare_sm90.cuh"
+
+namespace flashdelta::cuda::prepare {
+
+template <Operand Type, int W>
+cudaError_t launch_warps(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
+  const auto kernel = prepare_kernel<Type, W>;
+  constexpr int kShared = sizeof(Shared<W>);
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); error != cudaSuccess) {
+    return error;
+  }
+  const int items = arguments.slots * arguments.H;
+  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W)));
+  kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
+  return cudaGetLastError();
+}
+
+template <Operand Type>
+cudaError_t launch_as(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
+  switch (arguments.group) {
+    case 1: return launch_warps<Type, 1>(arguments, maps, multiprocessors, stream);
+    case 2: return launch_warps<Type, 2>(arguments, maps, multiprocessors, stream);
+    case 3: return launch_warps<Type, 3>(arguments, maps, multiprocessors, stream);
+    default: return launch_warps<Type, 4>(arguments, maps, multiprocessors, stream);
+  }
+}
+
+}  // namespace flashdelta::cuda::prepare

@@ -1,0 +1,32 @@
+// `prepare`: for every chunk of every value head its record (layout.cuh), which is all that the chunk loop needs besides q, k and v.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/device/fragment.cuh"
+#include "cuda/layout.cuh"
+
+namespace flashdelta::cuda::prepare {
+
+struct Arguments {
+  Sequences sequences;
+  int slots, H, group;  // chunk numbers in use at most, key heads, value heads per key head
+  bool l2norm, gate_in_kernel, beta_sigmoid, neg_eigval;
+  Scalars g, beta, A_log, dt_bias;
+  unsigned char* records;      // [slots, HV, record_bytes]
+  CUtensorMap* bounded_maps;   // [N, kMaps]; null where no map needs a bound
+  int* counter;                // set to 0: the loop's items are handed out by it
+  // Rows of o that belong to no sequence are set to zero here (packed calls).
+  unsigned char* o;
+  std::int64_t o_token, o_head;  // strides in bytes
+  Scalars saved_c, saved_T;      // null: not wanted; float32
+  std::int64_t saved_T_column;   // stride in elements
+  States saved_states;           // the loop writes them; slots of no chunk are set to zero here
+  int checkpoint_chunks, saved_slots;
+};
+
+// `maps`: kMaps tensor maps of the call. Launches on `stream` and lets a dependent launch follow early.
+cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, device::Operand operand, int multiprocessors, cudaStream_t stream);
+
+}  // namespace flashdelta::cuda::prepare
