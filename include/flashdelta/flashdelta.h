@@ -83,7 +83,7 @@ typedef struct flashdelta_options {
   int32_t num_threads;                /* CPU threads: 0 all that the process may use, else 1..1024 */
   int32_t instruction_set;            /* CPU: flashdelta_instruction_set */
   int32_t checkpoint_chunks;          /* saved_states holds every n-th chunk's state, 1..64; 0 means 1 */
-  double context_parallel_tolerance;  /* AUTO cuts what is certified below tolerance * |state|; 0 means 1e-6; < 1 */
+  double context_parallel_tolerance;  /* AUTO cuts what is certified below tolerance * |state|; < 1; 0 means 1e-6 (16-bit q: 1e-5) */
   void* stream;                       /* CUDA: the cudaStream_t to run on; ignored for CPU tensors */
 } flashdelta_options;
 
@@ -105,6 +105,10 @@ typedef struct flashdelta_options {
  *   saved_states [S, HV, K, V]  fp32 or bf16 (never state_v_first), S = B*T / (64 n) + N with n = checkpoint_chunks; the state before
  *                               chunk i (i % n == 0) of sequence m, whose first token is s, stands at s / (64 n) + m + i / n (integer
  *                               divisions)
+ * segment_counts [4]          int32, contiguous; null: not wanted. chunk_forward only. How context parallelism fell out, added up over all
+ *                             (sequence, value head) pairs: segments run (a pair that is not cut, or has no tokens, is one), boundaries
+ *                             whose state was reached by warming up, boundaries whose state came over from the segment before exactly,
+ *                             and chunks that the warm-ups ran. Segments = pairs + boundaries
  * workspace      flashdelta_*_workspace_size bytes, 64-byte aligned, on the tensors' device; contents before and after mean nothing
  */
 typedef struct flashdelta_forward_args {
@@ -126,6 +130,7 @@ typedef struct flashdelta_forward_args {
   DLTensor* saved_states;
   void* workspace;
   size_t workspace_size;
+  DLTensor* segment_counts;
 } flashdelta_forward_args;
 
 /* Arguments of flashdelta_chunk_backward: the forward's inputs, its saved tensors, the outputs' gradients, the wanted gradients.

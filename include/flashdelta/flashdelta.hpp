@@ -181,7 +181,7 @@ struct Options {
   int num_threads = 0;
   InstructionSet instruction_set = InstructionSet::best;
   int checkpoint_chunks = 1;
-  double context_parallel_tolerance = 1e-6;  ///< above 0 and below 1
+  double context_parallel_tolerance = 0;  ///< below 1; 0: 1e-6, with 16-bit q 1e-5
   void* stream = nullptr;
 
   /// The same for the C ABI.
@@ -221,6 +221,7 @@ struct ForwardArgs {
   std::optional<TensorView> saved_c{};           ///< [B, T, HV] fp32
   std::optional<TensorView> saved_T{};           ///< [B, T, HV, 64] fp32
   std::optional<TensorView> saved_states{};      ///< [saved_states_slots(...), HV, K, V] fp32 or bf16
+  std::optional<TensorView> segment_counts{};    ///< [4] int32: segments, boundaries warmed up, boundaries exact, warm-up chunks
 };
 
 /// Arguments of chunk_backward. q, k, v are required, saved_states too except by the reference backend.
@@ -293,11 +294,12 @@ void set_inputs(Call<CArgs, kTensors>& call, const Args& a) {
   call.args.saved_states = call.tensor(a.saved_states);
 }
 
-struct ForwardCall : Call<flashdelta_forward_args, 14> {
+struct ForwardCall : Call<flashdelta_forward_args, 15> {
   explicit ForwardCall(const ForwardArgs& a, std::span<std::byte> workspace = {}) : Call(a.options, workspace) {
     set_inputs(*this, a);
     args.o = tensor(a.o);
     args.final_state = tensor(a.final_state);
+    args.segment_counts = tensor(a.segment_counts);
   }
 };
 
@@ -365,8 +367,9 @@ inline std::size_t recurrent_forward_workspace_size(const ForwardArgs& args) {
   return bytes;
 }
 
-/// Chunked gated delta rule, forward: writes o and, where given, final_state and the saved tensors. `workspace`: 64-byte aligned, at
-/// least chunk_forward_workspace_size(args) bytes on the tensors' device. Throws ValueError, TypeError, UnavailableError or Error.
+/// Chunked gated delta rule, forward: writes o and, where given, final_state, the saved tensors and segment_counts. `workspace`: 64-byte
+/// aligned, at least chunk_forward_workspace_size(args) bytes on the tensors' device. Throws ValueError, TypeError, UnavailableError or
+/// Error.
 inline void chunk_forward(const ForwardArgs& args, std::span<std::byte> workspace) {
   const detail::ForwardCall call(args, workspace);
   detail::check(flashdelta_chunk_forward(&call.args));

@@ -42,7 +42,8 @@ INTEGER_OPTIONS = (
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
 SAVED = ("saved_c", "saved_T", "saved_states")
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "d_initial_state", "dA_log", "d_dt_bias")
-FORWARD_TENSORS = (*INPUTS, "o", "final_state", *SAVED)
+# The last one stands behind the workspace: structs grow at their end.
+FORWARD_TENSORS = (*INPUTS, "o", "final_state", *SAVED, "segment_counts")
 BACKWARD_TENSORS = (*INPUTS, *SAVED, "d_o", "d_final_state", *GRADIENTS)
 
 
@@ -53,15 +54,32 @@ _DLTENSOR = struct.Struct("@PiiiBBHPPQ")  # data, device_type, device_id, ndim, 
 _CPU = 1
 
 
-def _args(tensors: tuple[str, ...]) -> struct.Struct:
-    # struct_size, options, tensors, workspace, workspace_size
-    return struct.Struct(f"@Nd{1 + len(INTEGER_OPTIONS)}idP{len(tensors)}PPN")
+class _Args:
+    # struct_size, options, tensors, workspace, workspace_size, and the tensors that came later
+    def __init__(self, tensors: int, later: int = 0) -> None:
+        self._struct = struct.Struct(f"@Nd{1 + len(INTEGER_OPTIONS)}idP{tensors}PPN{later}P")
+        self._later = later
+
+    def pack(self, options: Options, addresses: list[int], workspace: int, workspace_size: int) -> bytes:
+        first = len(addresses) - self._later
+        return self._struct.pack(
+            self._struct.size,
+            options.scale or 0.0,
+            options.scale is not None,
+            *options.integers,
+            options.tolerance,
+            0,
+            *addresses[:first],
+            workspace,
+            workspace_size,
+            *addresses[first:],
+        )
 
 
 _ARGS = {
-    "chunk_forward": _args(FORWARD_TENSORS),
-    "recurrent_forward": _args(FORWARD_TENSORS),
-    "chunk_backward": _args(BACKWARD_TENSORS),
+    "chunk_forward": _Args(len(FORWARD_TENSORS) - 1, 1),
+    "recurrent_forward": _Args(len(FORWARD_TENSORS) - 1, 1),
+    "chunk_backward": _Args(len(BACKWARD_TENSORS)),
 }
 
 
@@ -146,21 +164,17 @@ def _pack_tensors(tensors: Sequence[TensorView | None]) -> tuple[Any, list[int]]
     return block, addresses
 
 
-def _fields(operation: str, options: Options, addresses: list[int]) -> list[Any]:
-    # Everything in front of the workspace.
-    return [_ARGS[operation].size, options.scale or 0.0, options.scale is not None, *options.integers, options.tolerance, 0, *addresses]
-
-
-def _workspace_size(operation: str, fields: list[Any]) -> int:
+def _workspace_size(operation: str, options: Options, addresses: list[int]) -> int:
     needed = ctypes.c_size_t()
-    check(getattr(library(), f"flashdelta_{operation}_workspace_size")(_ARGS[operation].pack(*fields, 0, 0), ctypes.byref(needed)))
+    args = _ARGS[operation].pack(options, addresses, 0, 0)
+    check(getattr(library(), f"flashdelta_{operation}_workspace_size")(args, ctypes.byref(needed)))
     return needed.value
 
 
 def workspace_size(operation: str, tensors: Sequence[TensorView | None], options: Options) -> int:
     """Bytes of workspace that `call` with the same arguments takes; it checks them all and raises as `call` does."""
     block, addresses = _pack_tensors(tensors)
-    size = _workspace_size(operation, _fields(operation, options, addresses))
+    size = _workspace_size(operation, options, addresses)
     del block  # held until here: the arguments point into it
     return size
 
@@ -178,10 +192,9 @@ def call(operation: str, tensors: Sequence[TensorView | None], options: Options,
         ValueError, TypeError, RuntimeError: what the library refuses, in its words.
     """
     block, addresses = _pack_tensors(tensors)
-    fields = _fields(operation, options, addresses)
-    size = _workspace_size(operation, fields)
+    size = _workspace_size(operation, options, addresses)
     space = workspace(size) if size else None
-    check(getattr(library(), f"flashdelta_{operation}")(_ARGS[operation].pack(*fields, space.address if space else 0, size)))
+    check(getattr(library(), f"flashdelta_{operation}")(_ARGS[operation].pack(options, addresses, space.address if space else 0, size)))
     del block  # held until here: the arguments point into it
 
 

@@ -100,6 +100,7 @@ def forward(
     final_state_dtype: Any,
     save: tuple[bool, bool, bool] | None = None,
     inplace_state: bool = False,
+    segment_counts: Any = None,
 ) -> tuple[Any, ...]:
     """(o, final_state, saved_c, saved_T, saved_states), None where not wanted. `save` None: nothing is saved."""
     named = dict(zip(_lib.INPUTS, inputs, strict=True))
@@ -116,7 +117,7 @@ def forward(
     if save:
         shapes = (_shapes.saved_c(v), _shapes.saved_T(v), _shapes.saved_states(q, v, cu_seqlens, options))
         saved = [np.empty(shape, np.float32) if wanted else None for shape, wanted in zip(shapes, save, strict=True)]
-    outputs = dict(zip(("o", "final_state", *_lib.SAVED), (o, final_state, *saved), strict=True))
+    outputs = dict(zip(("o", "final_state", *_lib.SAVED, "segment_counts"), (o, final_state, *saved, segment_counts), strict=True))
     _call(operation, named, outputs, options)
     return (o, final_state if output_final_state or inplace_state else None, *saved)
 

@@ -165,8 +165,8 @@ def chunk_gated_delta_rule(
         head_first: removed; anything but None raises DeprecationWarning.
         context_parallel: "auto": long sequences of few heads are cut into segments, and what is certified to matter less than the
             tolerance is cut off; "exact": segments, nothing cut off; "off": no segments.
-        context_parallel_tolerance: what "auto" may cut off, relative to the state; None means 1e-6.
-        num_segments: segments per sequence and head; 0: planned. 0 or 1 on a GPU.
+        context_parallel_tolerance: what "auto" may cut off, relative to the state; None means 1e-6, with bfloat16 or float16 q 1e-5.
+        num_segments: segments per sequence and head, 1..64 (fewer where there are fewer chunks); 0: planned.
         batch_invariant: a sequence's bits do not depend on what it is packed with.
         backend: "auto" (by the tensors' device), "cpu", "cuda", or "reference" (float64, token by token, slow).
         num_threads: CPU threads; 0: all that the process may use.
@@ -360,6 +360,7 @@ def chunk_gated_delta_rule_fwd(
     final_state_dtype: Any = None,
     o: Array | None = None,
     final_state: Array | None = None,
+    segment_counts: Array | None = None,
     use_qk_l2norm_in_kernel: bool = False,
     use_gate_in_kernel: bool = False,
     use_beta_sigmoid_in_kernel: bool = False,
@@ -394,6 +395,8 @@ def chunk_gated_delta_rule_fwd(
         final_state_dtype: None means float32.
         o: buffer for the output.
         final_state: buffer for the final state.
+        segment_counts: buffer of 4 int32 for how context parallelism fell out: segments run, boundaries warmed up, boundaries reached
+            exactly, chunks that the warm-ups ran (docs/context_parallel.md). Not while gradients are recorded.
         use_qk_l2norm_in_kernel: as in :func:`chunk_gated_delta_rule`.
         use_gate_in_kernel: as in :func:`chunk_gated_delta_rule`.
         use_beta_sigmoid_in_kernel: as in :func:`chunk_gated_delta_rule`.
@@ -433,8 +436,9 @@ def chunk_gated_delta_rule_fwd(
     inputs = (q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias)
     wanted = bool(output_final_state) or final_state is not None
     save = (bool(output_g_cumsum), bool(output_A), bool(output_h))
+    written = {"save": save, "segment_counts": segment_counts}
     try:
-        o, state, c, t, h = _carrier(q).forward("chunk_forward", inputs, packed, wanted, o, final_state, final_state_dtype, save)
+        o, state, c, t, h = _carrier(q).forward("chunk_forward", inputs, packed, wanted, o, final_state, final_state_dtype, **written)
     except (ValueError, TypeError) as error:
         raise _rename(error) from None
     return ChunkForward(c, t, o, h, state)

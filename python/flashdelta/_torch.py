@@ -38,7 +38,7 @@ _operators.define(
 )
 _operators.define(
     f"chunk_forward_out({_INPUTS}, {_OPTIONS}, Tensor(a!) o, Tensor(b!)? final_state, Tensor(c!)? saved_c, Tensor(d!)? saved_T, "
-    "Tensor(e!)? saved_states) -> ()"
+    "Tensor(e!)? saved_states, Tensor(f!)? segment_counts) -> ()"
 )
 _operators.define(
     f"chunk_backward({_INPUTS}, Tensor? saved_c, Tensor? saved_T, Tensor? saved_states, Tensor? d_o, Tensor? d_final_state, {_OPTIONS}, "
@@ -119,7 +119,7 @@ def _chunk_outputs(q, v, cu_seqlens, options, final_state_dtype, save):
 
 def _chunk_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype, save):
     outputs = _chunk_outputs(q, v, cu, options, final_state_dtype, save)
-    _run(_CHUNK_FORWARD, (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs), scale, options, tolerance, q.device)
+    _run(_CHUNK_FORWARD, (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs, None), scale, options, tolerance, q.device)
     return _filled(v, outputs)
 
 
@@ -162,7 +162,7 @@ def _recurrent_outputs(q, v, cu_seqlens, options, final_state_dtype):
 
 def _recurrent_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype):
     outputs = _recurrent_outputs(q, v, cu, options, final_state_dtype)
-    tensors = (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs, None, None, None)
+    tensors = (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs, None, None, None, None)
     _run(_RECURRENT_FORWARD, tensors, scale, options, tolerance, q.device)
     return _filled(v, outputs)
 
@@ -173,7 +173,7 @@ def _recurrent_forward_fake(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, opt
 
 
 def _recurrent_forward_out(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, o, final_state):
-    tensors = (q, k, v, g, beta, h0, cu, A_log, dt_bias, o, final_state, None, None, None)
+    tensors = (q, k, v, g, beta, h0, cu, A_log, dt_bias, o, final_state, None, None, None, None)
     _run(_RECURRENT_FORWARD, tensors, scale, options, tolerance, q.device)
 
 
@@ -333,9 +333,9 @@ def _written(*outputs: Tensor | None) -> None:
             torch.autograd.graph.increment_version(x)
 
 
-def _unrecorded(name: str, recorded: bool) -> None:
-    if recorded:
-        raise RuntimeError(f"{name}: cannot be written in place while gradients are recorded; leave it out, or call under torch.no_grad()")
+def _refuse_recorded(**buffers: Any) -> None:
+    name = next(name for name, buffer in buffers.items() if buffer is not None)
+    raise RuntimeError(f"{name}: cannot be written in place while gradients are recorded; leave it out, or call under torch.no_grad()")
 
 
 def _forward_out(
@@ -347,10 +347,11 @@ def _forward_out(
     final_state_dtype: torch.dtype | None,
     save: int,
     inplace_state: bool,
+    segment_counts: Any,
 ) -> tuple[Any, ...]:
     q, v, cu_seqlens = inputs[0], inputs[2], inputs[6]
-    _check_types(("o", "final_state"), (o, final_state))
-    given = (o, inputs[5] if inplace_state else final_state)
+    _check_types(("o", "final_state", "segment_counts"), (o, final_state, segment_counts))
+    given = (o, inputs[5] if inplace_state else final_state, segment_counts)
     o = _output(v) if o is None else o
     direct = _unobserved((*inputs, *given))
     saved = (None, None, None)
@@ -364,12 +365,13 @@ def _forward_out(
     if operation == "chunk_forward" and save:
         saved = _saved(q, v, cu_seqlens, options, save)
     if direct:
-        _run(_FUNCTIONS[operation], (*inputs, o, final_state, *saved), options.scale, options.integers, options.tolerance, q.device)
+        tensors = (*inputs, o, final_state, *saved, segment_counts)
+        _run(_FUNCTIONS[operation], tensors, options.scale, options.integers, options.tolerance, q.device)
         _written(*given)
     elif operation == "recurrent_forward":
         _OPS.recurrent_forward_out.default(*inputs, *options, o, final_state)
     else:
-        _OPS.chunk_forward_out.default(*inputs, *options, o, final_state, *saved)
+        _OPS.chunk_forward_out.default(*inputs, *options, o, final_state, *saved, segment_counts)
     return o, final_state, *saved
 
 
@@ -383,6 +385,7 @@ def forward(
     final_state_dtype: Any,
     save: tuple[bool, bool, bool] | None = None,
     inplace_state: bool = False,
+    segment_counts: Any = None,
 ) -> tuple[Any, ...]:
     """(o, final_state, saved_c, saved_T, saved_states), None where not wanted. `save` None: what autograd will need."""
     inputs, recorded = _prepared(inputs)
@@ -392,13 +395,13 @@ def forward(
         mask = SAVE_ALL if recorded and not options.is_reference else 0
     else:
         mask = sum(1 << i for i, wanted in enumerate(save) if wanted)
-    buffers = o is not None or final_state is not None or inplace_state
-    if buffers:
-        _unrecorded("inplace_state" if inplace_state else "final_state" if o is None else "o", recorded)
+    buffers = o is not None or final_state is not None or inplace_state or segment_counts is not None
+    if buffers and recorded:
+        _refuse_recorded(inplace_state=inplace_state or None, o=o, final_state=final_state, segment_counts=segment_counts)
     # What writes into given tensors has no gradient to set up, which takes torch as long as a decoded token. A compiler has the
     # functional operator instead: it plans the memory itself.
     if buffers or not (recorded or torch.compiler.is_compiling()):
-        return _forward_out(operation, inputs, options, o, final_state, dtype, mask, inplace_state)
+        return _forward_out(operation, inputs, options, o, final_state, dtype, mask, inplace_state, segment_counts)
     if operation == "recurrent_forward":
         o, final_state = _OPS.recurrent_forward.default(*inputs, *options, dtype)
         return o, None if dtype is None else final_state, None, None, None

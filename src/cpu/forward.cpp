@@ -1,4 +1,5 @@
 // Schedules the forward pass: one item per (sequence, value head), or per segment of it.
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -6,6 +7,7 @@
 #include "cpu/scratch.hpp"
 #include "cpu/segments.hpp"
 #include "cpu/threads.hpp"
+#include "op/segment_counts.hpp"
 
 namespace flashdelta::cpu {
 namespace {
@@ -41,6 +43,7 @@ class Run {
                  [&](std::int64_t i, int thread) { full(items[static_cast<std::size_t>(i)], scratch(thread)); });
     for (const op::Tensor* x : {&p_.o, &p_.saved_c, &p_.saved_T}) clear_outside(p_, *x);
     if (p_.saved_states) clear_unused_states();
+    op::store_segment_counts(p_, {warmed_up_, at_.boundaries - warmed_up_, warm_up_chunks_});
   }
 
  private:
@@ -72,7 +75,11 @@ class Run {
         return kernels_.forward(p_, span, x.head, Pass::transition, m, scratch(thread));
       }
       if (x.j > 0) exact(x, x.j) = std::byte{warm_up == 0};
-      if (warm_up > 0) span.first = span.last - warm_up;
+      if (warm_up > 0) {
+        span.first = span.last - warm_up;
+        ++warmed_up_;
+        warm_up_chunks_ += warm_up;
+      }
       float* s = state(x, x.j + 1);
       kernels_.load_state(x.j == 0 ? p_.initial_state : op::Tensor{}, x.cut->n, x.head, p_.K, p_.V, s);
       kernels_.forward(p_, span, x.head, Pass::state, s, scratch(thread));
@@ -114,6 +121,7 @@ class Run {
   const Kernels& kernels_;
   Layout at_;
   std::byte* base_;
+  std::atomic<std::int64_t> warmed_up_{0}, warm_up_chunks_{0};  // boundaries and chunks; for segment_counts
 };
 
 }  // namespace

@@ -123,7 +123,9 @@ std::int64_t run_forward(Arguments in, flashdelta_status (*size_of)(const flashd
        {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.initial_state, &args.cu_seqlens, &args.A_log, &args.dt_bias}) {
     *tensor = in.tensor();
   }
-  for (DLTensor** tensor : {&args.o, &args.final_state, &args.saved_c, &args.saved_T, &args.saved_states}) *tensor = in.tensor();
+  for (DLTensor** tensor : {&args.o, &args.final_state, &args.saved_c, &args.saved_T, &args.saved_states, &args.segment_counts}) {
+    *tensor = in.tensor();
+  }
   return run(in, args, size_of, operation);
 }
 

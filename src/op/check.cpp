@@ -167,6 +167,7 @@ void Call::inputs(const DLTensor* q, const DLTensor* k, const DLTensor* v, const
 
   p_.q = is_cuda() ? take({"q", Use::input, key_axes(), {DType::bf16, DType::f16}, "a dtype of the cuda backend", true}, q)
                    : take({"q", Use::input, key_axes(), floats(), "", true}, q);
+  p_.tolerance = resolve_tolerance(options_, p_.q.dtype);
   p_.k = take({"k", Use::input, key_axes(), {p_.q.dtype}, "q's dtype", true}, k);
   p_.v = take({"v", Use::input, value_axes(), value_dtypes(p_.q.dtype), "q's dtype", true}, v);
   p_.g = take({"g", Use::input, gate_axes(), floats()}, g);
@@ -216,8 +217,11 @@ void check_struct(const Args* args, const char* type) {
   }
 }
 
-void refuse_saved_for_decode(const flashdelta_forward_args& args) {
-  for (const auto& [name, tensor] : {std::pair{"saved_c", args.saved_c}, {"saved_T", args.saved_T}, {"saved_states", args.saved_states}}) {
+void refuse_outputs_of_chunks(const flashdelta_forward_args& args) {
+  for (const auto& [name, tensor] : {std::pair{"saved_c", args.saved_c},
+                                     {"saved_T", args.saved_T},
+                                     {"saved_states", args.saved_states},
+                                     {"segment_counts", args.segment_counts}}) {
     if (tensor != nullptr) refuse_value(fmt::format("{}: is given; only chunk_forward writes it", name));
   }
 }
@@ -232,11 +236,12 @@ Problem check_forward(const flashdelta_forward_args* args, Operation operation, 
 
   Problem& p = call.problem();
   require("o", args->o);
-  if (operation == Operation::recurrent_forward) refuse_saved_for_decode(*args);
+  if (operation == Operation::recurrent_forward) refuse_outputs_of_chunks(*args);
   const DTypes o_dtypes = call.is_reference() ? kAllFloats : DTypes{p.v.dtype};
   p.o = call.take({"o", Use::output, call.value_axes(), o_dtypes, "v's dtype", call.is_cuda()}, args->o);
   p.final_state = call.take_state("final_state", args->final_state, Use::output, call.floats());
   call.saved(args->saved_c, args->saved_T, args->saved_states, Use::output);
+  p.segment_counts = call.take({"segment_counts", Use::output, {{"4", 4}}, {DType::i32}, "", true}, args->segment_counts);
   if (call.is_cuda()) check_cuda(p);
   if (with_workspace) call.workspace(args->workspace, args->workspace_size);
   check_overlap(call.footprints(), same_view(p.initial_state, p.final_state));

@@ -32,9 +32,6 @@ void check_tile(const char* name, const Tensor& tensor) {
 
 void check_cuda(const Problem& p) {
   for (const auto& [name, tensor] : {std::tuple{"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"o", &p.o}}) check_tile(name, *tensor);
-  if (p.operation == Operation::chunk_forward && p.num_segments > 1) {
-    refuse_value(fmt::format("num_segments: is {}; the cuda backend takes 0 and 1", p.num_segments));
-  }
 }
 
 }  // namespace flashdelta::op

@@ -18,7 +18,7 @@ bool add(std::int64_t a, std::int64_t b, std::int64_t* sum) { return !__builtin_
 
 std::string list_of(DTypes dtypes) {
   std::vector<std::string> names;
-  for (const DType t : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+  for (const DType t : {DType::f32, DType::bf16, DType::f16, DType::f64, DType::i32}) {
     if (dtypes.has(t)) names.push_back(dtype_name(t));
   }
   return fmt::format("{}", fmt::join(names, " or "));
@@ -149,16 +149,17 @@ void check_shape(const Rule& rule, const DLTensor& tensor) {
                            shape_text(sizes.data(), rank)));
 }
 
-std::optional<DType> float_dtype(DLDataType t) {
+std::optional<DType> known_dtype(DLDataType t) {
   if (t.lanes == 1 && t.code == kDLFloat && t.bits == 64) return DType::f64;
   if (t.lanes == 1 && t.code == kDLFloat && t.bits == 32) return DType::f32;
   if (t.lanes == 1 && t.code == kDLFloat && t.bits == 16) return DType::f16;
   if (t.lanes == 1 && t.code == kDLBfloat && t.bits == 16) return DType::bf16;
+  if (t.lanes == 1 && t.code == kDLInt && t.bits == 32) return DType::i32;
   return std::nullopt;
 }
 
 DType check_dtype(const Rule& rule, const DLTensor& tensor) {
-  const std::optional<DType> dtype = float_dtype(tensor.dtype);
+  const std::optional<DType> dtype = known_dtype(tensor.dtype);
   if (dtype && rule.dtypes.has(*dtype)) return *dtype;
   const bool names_another = *rule.wanted != '\0';
   const std::string allowed = names_another ? fmt::format("{} ({})", rule.wanted, list_of(rule.dtypes)) : list_of(rule.dtypes);
@@ -181,6 +182,7 @@ std::string dtype_name(DType dtype) {
     case DType::f32: return "float32";
     case DType::bf16: return "bfloat16";
     case DType::f16: return "float16";
+    case DType::i32: return "int32";
   }
   return "unknown";
 }

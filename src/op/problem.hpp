@@ -9,13 +9,13 @@
 
 namespace flashdelta::op {
 
-enum class DType : std::uint8_t { f64, f32, bf16, f16 };
+enum class DType : std::uint8_t { f64, f32, bf16, f16, i32 };
 
-constexpr std::int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+constexpr std::int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 || t == DType::i32 ? 4 : 2; }
 
 // A strided view, strides in elements. data is null where the argument is absent (or has no elements: see `present`).
 // Axes: q, k, v, o and their gradients (b, t, head, channel); g, beta, saved_c (b, t, head); states (n, head, k, v) whatever
-// state_v_first said (the view's strides hold it); saved_T (b, t, head, j); A_log, dt_bias (head).
+// state_v_first said (the view's strides hold it); saved_T (b, t, head, j); A_log, dt_bias (head); segment_counts (i).
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -60,6 +60,7 @@ struct Problem {
 
   Tensor q, k, v, g, beta, initial_state, A_log, dt_bias;
   Tensor o, final_state;                                             // forward, recurrent
+  Tensor segment_counts;                                             // forward: contiguous; op/segment_counts.hpp
   Tensor saved_c, saved_T, saved_states;                             // out of forward, into backward
   Tensor d_o, d_final_state;                                         // backward, in
   Tensor dq, dk, dv, dg, dbeta, d_initial_state, dA_log, d_dt_bias;  // backward, out

@@ -1,3 +1,4 @@
+#include "op/segment_counts.hpp"
 #include "reference/parallel.hpp"
 #include "reference/recurrence.hpp"
 #include "reference/reference.hpp"
@@ -60,6 +61,7 @@ void forward(const op::Problem& problem) {
   // Tokens of no sequence, and slots of saved_states that no chunk owns, keep this zero.
   for (const op::Tensor* tensor : {&problem.o, &problem.saved_c, &problem.saved_T, &problem.saved_states}) fill_zero(*tensor);
   parallel_for(problem.N * problem.HV, problem.num_threads, [&](std::int64_t i) { forward_head(problem, i / problem.HV, i % problem.HV); });
+  op::store_segment_counts(problem, {});
 }
 
 }  // namespace flashdelta::reference

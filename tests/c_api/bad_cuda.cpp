@@ -80,8 +80,8 @@ std::vector<BadCase> bad_cuda() {
            {"cu_seqlens: is on cpu, but q is on cuda:0"}),
       cuda("initial_state on the CPU", kEntries, [](Call& c) { c["initial_state"].dl.device = {kDLCPU, 0}; }, kValue,
            {"initial_state: is on cpu, but q is on cuda:0"}),
-      cuda("num_segments 2", {Entry::chunk_forward, Entry::chunk_forward_workspace_size}, [](Call& c) { c.options.num_segments = 2; },
-           kValue, {"num_segments: is 2; the cuda backend takes 0 and 1"}),
+      cuda("segment_counts on the CPU", {Entry::chunk_forward, Entry::chunk_forward_workspace_size},
+           [](Call& c) { c["segment_counts"].dl.device = {kDLCPU, 0}; }, kValue, {"segment_counts: is on cpu, but q is on cuda:0"}),
       cuda("backward", kBackwards, [](Call&) {}, FLASHDELTA_UNAVAILABLE, {"backend: backward is not yet available on the cuda backend"}),
   };
   for (const char* name : {"q", "k", "v", "o"}) {

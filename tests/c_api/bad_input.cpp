@@ -326,6 +326,11 @@ std::vector<BadCase> bad_combinations() {
        [](Call& c) { c.add("saved_states", kF32, {2, 4, 3, 5}); },
        kValue,
        {"saved_states: is given; only chunk_forward writes it"}},
+      {"segment_counts in decode",
+       kRecurrent,
+       [](Call& c) { c.add("segment_counts", kInt32, {4}); },
+       kValue,
+       {"segment_counts: is given; only chunk_forward writes it"}},
   };
 }
 
@@ -409,6 +414,8 @@ std::vector<BadCase> bad_memory() {
          c["o"].dl.data = c["v"].dl.data;
        },
        kValue, shares("o", "v")},
+      {"segment_counts inside final_state", kChunkForward, [](Call& c) { c["segment_counts"].dl.data = c["final_state"].as<float>() + 8; },
+       kValue, shares("segment_counts", "final_state")},
       {"dq is dk", kBackwards, same_data("dq", "dk"), kValue, shares("dk", "dq")},
       {"dv is d_o", kBackwards, same_data("dv", "d_o"), kValue, shares("dv", "d_o")},
       {"dq over saved_states", kBackwards, same_data("dq", "saved_states"), kValue, shares("dq", "saved_states")},

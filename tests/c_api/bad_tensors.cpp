@@ -11,10 +11,31 @@ namespace {
 constexpr auto kValue = FLASHDELTA_VALUE_ERROR;
 constexpr auto kType = FLASHDELTA_TYPE_ERROR;
 
-const std::vector<std::string> kTensors{
-    "q",       "k",  "v",           "g",       "beta",    "initial_state",   "cu_seqlens", "A_log",
-    "dt_bias", "o",  "final_state", "saved_c", "saved_T", "saved_states",    "d_o",        "d_final_state",
-    "dq",      "dk", "dv",          "dg",      "dbeta",   "d_initial_state", "dA_log",     "d_dt_bias"};
+const std::vector<std::string> kTensors{"q",
+                                        "k",
+                                        "v",
+                                        "g",
+                                        "beta",
+                                        "initial_state",
+                                        "cu_seqlens",
+                                        "A_log",
+                                        "dt_bias",
+                                        "o",
+                                        "final_state",
+                                        "saved_c",
+                                        "saved_T",
+                                        "saved_states",
+                                        "d_o",
+                                        "d_final_state",
+                                        "dq",
+                                        "dk",
+                                        "dv",
+                                        "dg",
+                                        "dbeta",
+                                        "d_initial_state",
+                                        "dA_log",
+                                        "d_dt_bias",
+                                        "segment_counts"};
 
 // The cases of one tensor, spelt as claims about it.
 class TensorCases {
@@ -81,16 +102,18 @@ class TensorCases {
   }
 
   void types() {
-    const bool offsets = name_ == "cu_seqlens";
-    const DLDataType other = offsets ? kF32 : kInt32;
+    const bool integers = name_ == "cu_seqlens" || name_ == "segment_counts";
+    const DLDataType other = integers ? kF32 : kInt32;
     add(
-        offsets ? "float32" : "int32", entries_, [=](CallTensor& t) { t.dl.dtype = other; }, kType,
-        offsets ? "dtype is float32" : "dtype is int32");
+        integers ? "float32" : "int32", entries_, [=](CallTensor& t) { t.dl.dtype = other; }, kType,
+        integers ? "dtype is float32" : "dtype is int32");
     add("complex", entries_, [](CallTensor& t) { t.dl.dtype = {kDLComplex, 64, 1}; }, kType, "dtype is complex64");
     add("of two lanes", entries_, [](CallTensor& t) { t.dl.dtype.lanes = 2; }, kType, "dtype is ");
     add("of 8 bits", entries_, [](CallTensor& t) { t.dl.dtype.bits = 8; }, kType, "dtype is ");
     add("of an unknown type code", entries_, [](CallTensor& t) { t.dl.dtype.code = 99; }, kType, "dtype is code 99");
-    if (offsets) return;
+    if (name_ == "segment_counts")
+      add("int64", entries_, [](CallTensor& t) { t.dl.dtype = kInt64; }, kType, "dtype is int64; it must be int32");
+    if (integers) return;
     const bool everywhere = name_ == "k" || name_ == "v" || name_.rfind("saved_", 0) == 0;
     add("float64", entries_, [](CallTensor& t) { t.dl.dtype = kF64; }, kType, "dtype is float64", !everywhere);
   }
@@ -138,6 +161,8 @@ class TensorCases {
       add("overlapping itself", writers_, with_stride(strides_[axis] - 1), kValue,
           place + " of size " + size + " has stride " + std::to_string(strides_[axis] - 1));
     }
+    if (name_ == "segment_counts")
+      add("of stride 2", writers_, with_stride(2), kValue, "its last axis has stride 2; it must be contiguous");
     const std::string name = name_;
     cases_.push_back(
         {name_ + " over q", writers_, [=](Call& c) { c[name].dl.data = c["q"].dl.data; }, kValue, {name_ + ": shares memory with q"}});

@@ -85,6 +85,7 @@ void Call::make_tensors(std::int64_t b, std::int64_t t, std::int64_t h, std::int
   if (!is_backward(entry_)) {
     add("o", kBF16, value);
     add("final_state", kF32, state);
+    if (!is_recurrent(entry_)) add("segment_counts", kInt32, {4});
     return;
   }
   add("d_o", kBF16, value);
@@ -129,7 +130,7 @@ std::vector<std::string> Call::names() const {
 }
 
 bool Call::is_output(const std::string& name, Entry entry) {
-  static const std::set<std::string> forward{"o", "final_state", "saved_c", "saved_T", "saved_states"};
+  static const std::set<std::string> forward{"o", "final_state", "saved_c", "saved_T", "saved_states", "segment_counts"};
   static const std::set<std::string> backward{"dq", "dk", "dv", "dg", "dbeta", "d_initial_state", "dA_log", "d_dt_bias"};
   return (is_backward(entry) ? backward : forward).count(name) != 0;
 }
@@ -166,6 +167,7 @@ flashdelta_forward_args Call::forward_args() {
   fill(&args);
   args.o = out("o");
   args.final_state = out("final_state");
+  args.segment_counts = out("segment_counts");
   return args;
 }
 

@@ -37,6 +37,16 @@ TEST(CppFace, ChunkForwardComputes) {
   EXPECT_EQ(tiny.state, (std::vector<float>{2, 3, 5, 7}));
 }
 
+TEST(CppFace, ChunkForwardReportsItsSegments) {
+  Tiny tiny;
+  ForwardArgs args = tiny.forward();
+  std::vector<std::int32_t> counts(4, -1);
+  args.segment_counts = TensorView(counts.data(), {4});
+  chunk_forward(args);
+  EXPECT_EQ(counts, (std::vector<std::int32_t>{1, 0, 0, 0}));
+  EXPECT_THROW(recurrent_forward(args), ValueError);
+}
+
 TEST(CppFace, RecurrentForwardContinuesInPlace) {
   Tiny tiny;
   tiny.state = {10, 20, 30, 40};

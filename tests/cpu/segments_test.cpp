@@ -114,5 +114,72 @@ TEST(CpuSegmentsPlanned, ForwardAndBackwardMayDifferInContextParallel) {
   }
 }
 
+using Counts = std::vector<double>;  // segments, boundaries warmed up, boundaries exact, warm-up chunks
+
+Counts counts_of(Call& call, flashdelta_context_parallel mode, int segments) {
+  call.segment_counts = true;
+  call.options.context_parallel = mode;
+  call.options.num_segments = segments;
+  return chunk_forward(call).at("segment_counts").values();
+}
+
+TEST(CpuSegmentCounts, WithoutCutsEveryPairIsOneSegment) {
+  Call call = make_call(long_case(DType::f32));
+  EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_OFF, 0), (Counts{2, 0, 0, 0}));
+  EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_EXACT, 1), (Counts{2, 0, 0, 0}));
+}
+
+TEST(CpuSegmentCounts, ExactBoundariesAreNeverWarmedUp) {
+  Call call = make_call(long_case(DType::bf16, Gate::strong));
+  EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_EXACT, 3), (Counts{6, 0, 4, 0}));
+  EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_EXACT, 64), (Counts{22, 0, 20, 0}));  // 700 tokens are eleven chunks
+}
+
+TEST(CpuSegmentCounts, StrongGatesAreWarmedUpOverOneChunk) {
+  Call call = make_call(long_case(DType::f32, Gate::strong));
+  for (const int threads : {1, 4}) {
+    call.options.num_threads = threads;
+    EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_AUTO, 3), (Counts{6, 2, 2, 2}));  // the first segment runs whole
+    EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_AUTO, 64), (Counts{22, 18, 2, 18}));
+  }
+}
+
+TEST(CpuSegmentCounts, TheDefaultToleranceIsThatOfTheDtype) {
+  // exp(-12) over a chunk lies between 1e-5 and 1e-6.
+  for (const auto& [dtype, chunks] : {std::pair{DType::f32, 4.0}, {DType::bf16, 2.0}, {DType::f16, 2.0}}) {
+    Call call = make_call(long_case(dtype));
+    call.inputs["g"].fill(-12.0 / FLASHDELTA_CHUNK);
+    EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_AUTO, 3), (Counts{6, 2, 2, chunks}));
+    call.options.context_parallel_tolerance = 1e-5;
+    EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_AUTO, 3), (Counts{6, 2, 2, 2}));
+    call.options.context_parallel_tolerance = 1e-6;
+    EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_AUTO, 3), (Counts{6, 2, 2, 4}));
+  }
+}
+
+TEST(CpuSegmentCounts, SequencesOfAPackAreAddedUpEmptyOnesToo) {
+  Case c{.name = "Pack", .T = 600, .HV = 3, .K = 17, .V = 20, .cu_seqlens = {5, 5, 60, 190, 191, 590, 590}};
+  c.initial_state = false;
+  Call call = make_call(c);
+  EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_EXACT, 2), (Counts{24, 0, 6, 0}));
+  call.set_cu_seqlens({7});
+  EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_EXACT, 2), (Counts{0, 0, 0, 0}));
+}
+
+TEST(CpuSegmentCounts, CallsWithoutTokensReportTheirPairs) {
+  Call call = make_call({.name = "Empty", .B = 3, .T = 0, .HV = 2});
+  EXPECT_EQ(counts_of(call, FLASHDELTA_CONTEXT_PARALLEL_AUTO, 2), (Counts{6, 0, 0, 0}));
+}
+
+TEST(CpuSegmentCounts, AskingForThemChangesNoBit) {
+  Call call = make_call(long_case(DType::bf16));
+  call.options.num_segments = 4;
+  const Tensors without = chunk_forward(call);
+  call.segment_counts = true;
+  Tensors with = chunk_forward(call);
+  with.erase("segment_counts");
+  expect_same_bits(with, without);
+}
+
 }  // namespace
 }  // namespace flashdelta::testing

@@ -61,7 +61,7 @@ TEST(Check, AbsentTensorsAreAbsent) {
   Call call(Entry::recurrent_forward);
   for (const char* name : {"dt_bias", "initial_state", "final_state"}) call.drop(name);
   const Problem p = checked(call);
-  EXPECT_FALSE(p.dt_bias || p.initial_state || p.final_state || p.saved_c || p.saved_T || p.saved_states);
+  EXPECT_FALSE(p.dt_bias || p.initial_state || p.final_state || p.saved_c || p.saved_T || p.saved_states || p.segment_counts);
   EXPECT_TRUE(p.o && p.A_log);
 }
 
@@ -71,10 +71,30 @@ TEST(Check, ZeroOptionsGiveTheDefaults) {
   std::memset(&call.options, 0, sizeof(call.options));
   const Problem p = checked(call);
   EXPECT_DOUBLE_EQ(p.scale, 1 / std::sqrt(3.0));
-  EXPECT_DOUBLE_EQ(p.tolerance, 1e-6);
   EXPECT_EQ(p.checkpoint_chunks, 1);
   EXPECT_EQ(p.backend, Backend::cpu);
   EXPECT_FALSE(p.qk_l2norm || p.gate_in_kernel || p.beta_sigmoid || p.neg_eigval || p.batch_invariant);
+}
+
+TEST(Check, TheDefaultToleranceIsThatOfTheInputsDtype) {
+  for (const Entry entry : {Entry::chunk_forward, Entry::chunk_backward}) {
+    for (const auto& [dtype, tolerance] :
+         {std::pair{abi_test::kBF16, 1e-5}, {abi_test::kF16, 1e-5}, {abi_test::kF32, 1e-6}, {abi_test::kF64, 1e-6}}) {
+      Call call(entry);
+      for (const char* name : {"q", "k"}) call[name].reset(dtype, {1, 6, 2, 3}, Call::kInput);
+      call["v"].reset(dtype, {1, 6, 4, 5}, Call::kInput);
+      EXPECT_EQ(checked(call).tolerance, tolerance);
+      call.options.context_parallel_tolerance = 1e-9;
+      EXPECT_EQ(checked(call).tolerance, 1e-9);
+    }
+  }
+}
+
+TEST(Check, SegmentCountsAreFourIntegers) {
+  Call call(Entry::chunk_forward);
+  const Problem p = checked(call);
+  expect_view(p.segment_counts, DType::i32, 1, {4, 0, 0, 0}, {1, 0, 0, 0});
+  EXPECT_EQ(p.segment_counts.data, call["segment_counts"].dl.data);
 }
 
 TEST(Check, AScaleOfZeroIsZero) {
@@ -324,6 +344,17 @@ TEST(CheckCuda, TensorsWithoutElementsAreTaken) {
   make_cuda(call, 1, 0);
   for (const char* name : {"q", "k", "v", "o"}) call[name].dl.data = nullptr;
   EXPECT_EQ(checked(call).T, 0);
+}
+
+TEST(CheckCuda, SegmentsAreTakenAsEverywhere) {
+  for (const int segments : {0, 1, 2, 64}) {
+    Call call(Entry::chunk_forward_workspace_size);
+    make_cuda(call);
+    call.options.num_segments = segments;
+    const Problem p = checked(call);
+    EXPECT_EQ(p.num_segments, segments);
+    EXPECT_EQ(p.segment_counts.data, call["segment_counts"].dl.data);
+  }
 }
 
 TEST(CheckCuda, WhatChoosesAmongCpuKernelsChangesNothing) {

@@ -19,7 +19,10 @@ def fields_of(struct: str) -> list[str]:
     ("struct", "names"),
     [
         ("flashdelta_options", lib.OPTIONS),
-        ("flashdelta_forward_args", ("struct_size", "options", *lib.FORWARD_TENSORS, "workspace", "workspace_size")),
+        (
+            "flashdelta_forward_args",
+            ("struct_size", "options", *lib.FORWARD_TENSORS[:-1], "workspace", "workspace_size", lib.FORWARD_TENSORS[-1]),
+        ),
         ("flashdelta_backward_args", ("struct_size", "options", *lib.BACKWARD_TENSORS, "workspace", "workspace_size")),
     ],
 )

@@ -59,8 +59,8 @@ def test_opcheck_recurrent_forward(operators, backend):
 @pytest.mark.parametrize("operation", ["recurrent_forward_", "recurrent_forward_out", "chunk_forward_out"])
 def test_opcheck_of_what_writes_in_place(operators, backend, operation):
     call = arguments({}, backend, recorded=False)
-    o, s = torch.empty_like(call[2]), torch.empty_like(call[5])
-    outputs = {"recurrent_forward_": (o,), "recurrent_forward_out": (o, s), "chunk_forward_out": (o, s, None, None, None)}
+    o, s, counts = torch.empty_like(call[2]), torch.empty_like(call[5]), torch.empty(4, dtype=torch.int32)
+    outputs = {"recurrent_forward_": (o,), "recurrent_forward_out": (o, s), "chunk_forward_out": (o, s, None, None, None, counts)}
     torch.library.opcheck(getattr(operators, operation).default, (*call, *outputs[operation]))
 
 

@@ -455,8 +455,9 @@ def test_opcheck_of_the_other_forwards(operation):
     CHUNK(**tensors(T=1))
     call = operator_arguments({}, T=70)
     o, s = torch.empty_like(call[2]), torch.empty_like(call[5])
+    counts = torch.empty(4, dtype=torch.int32, device=o.device)
     outputs = {
-        "chunk_forward_out": (o, s, None, None, None),
+        "chunk_forward_out": (o, s, None, None, None, counts),
         "recurrent_forward": (torch.bfloat16,),
         "recurrent_forward_out": (o, s),
         "recurrent_forward_": (o,),

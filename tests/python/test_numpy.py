@@ -233,6 +233,31 @@ def test_low_level_forward_gives_only_what_is_asked_for():
     assert (out.g_cumsum, out.A, out.h, out.final_state) == (None,) * 4
 
 
+def test_segment_counts():
+    x = cases.inputs(T=700)  # eleven chunks, four heads
+    counts = np.full(4, -1, np.int32)
+    for options, expected in (
+        ({"context_parallel": "off"}, (4, 0, 0, 0)),
+        ({"context_parallel": "exact", "num_segments": 3}, (12, 0, 8, 0)),
+        ({"context_parallel": "exact", "num_segments": 3, "backend": "reference"}, (4, 0, 0, 0)),
+    ):
+        flashdelta.chunk_gated_delta_rule_fwd(**x, **options, segment_counts=counts)
+        assert tuple(counts) == expected
+    x["g"][:] = -1000
+    flashdelta.chunk_gated_delta_rule_fwd(**x, num_segments=3, segment_counts=counts)
+    assert tuple(counts) == (12, 4, 4, 4)
+
+
+def test_the_default_tolerance_is_that_of_the_dtype():
+    x = cases.inputs(T=700)
+    x["g"][:] = -12 / 64  # exp(-12) over a chunk lies between 1e-5 and 1e-6
+    counts = np.empty(4, np.int32)
+    for dtype, chunks in ((np.float32, 8), (np.float16, 4)):
+        narrow = {name: value.astype(dtype) if name in ("q", "k", "v") else value for name, value in x.items()}
+        flashdelta.chunk_gated_delta_rule_fwd(**narrow, num_segments=3, use_qk_l2norm_in_kernel=True, segment_counts=counts)
+        assert tuple(counts) == (12, 4, 4, chunks)
+
+
 @anywhere
 def test_threads_of_the_caller(backend):
     x = [cases.inputs(seed) for seed in range(8)]

@@ -342,6 +342,43 @@ def test_low_level_calls_take_tensors_too():
     assert torch.equal(found.dh0, y["initial_state"].grad)
 
 
+def test_segment_counts():
+    x = detached(tensors(T=700))  # eleven chunks, four heads
+    x["g"] = torch.full_like(x["g"], -1000)
+    counts = torch.full((4,), -1, dtype=torch.int32)
+    for options, expected in (({"context_parallel": "exact"}, [12, 0, 8, 0]), ({}, [12, 4, 4, 4])):
+        version = counts._version
+        flashdelta.chunk_gated_delta_rule_fwd(**x, **options, num_segments=3, segment_counts=counts)
+        assert counts.tolist() == expected
+        assert counts._version > version
+
+
+def test_segment_counts_through_the_operator():
+    x = detached(tensors())
+    counts = torch.full((4,), -1, dtype=torch.int32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(counts, **x):
+        return flashdelta.chunk_gated_delta_rule_fwd(**x, segment_counts=counts).o + 0
+
+    torch._dynamo.reset()
+    assert torch.equal(call(counts, **x), CHUNK(**x)[0])
+    assert counts.tolist() == [4, 0, 0, 0]
+
+
+def test_segment_counts_are_refused_by_name():
+    x = detached(tensors())
+    for kind, wrong in (
+        (ValueError, torch.zeros(5, dtype=torch.int32)),
+        (TypeError, torch.zeros(4)),
+        (TypeError, np.zeros(4, np.int32)),
+    ):
+        with pytest.raises(kind, match=r"^segment_counts:"):
+            flashdelta.chunk_gated_delta_rule_fwd(**x, segment_counts=wrong)
+    with pytest.raises(RuntimeError, match=r"^segment_counts:"):
+        flashdelta.chunk_gated_delta_rule_fwd(**tensors(), segment_counts=torch.zeros(4, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "wrong"),
     [

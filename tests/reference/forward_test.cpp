@@ -41,6 +41,13 @@ TEST(ReferenceForward, TwoTokensWorkedOutByHand) {
   EXPECT_EQ(out.at("final_state").values(), (std::vector<double>{-4}));
 }
 
+TEST(ReferenceForward, CutsNothingWhateverTheOptionsSay) {
+  Call call = reference_call({.name = "Counts", .B = 2, .T = 130, .HV = 3, .K = 2, .V = 2});
+  call.options.num_segments = 2;
+  call.segment_counts = true;
+  EXPECT_EQ(chunk_forward(call).at("segment_counts").values(), (std::vector<double>{6, 0, 0, 0}));
+}
+
 TEST(ReferenceForward, ScaleIsAFactorOnO) {
   Call call = two_tokens();
   call.options.scale = 0.25;

@@ -174,7 +174,7 @@ Tensors results_of_sequence(const Call& packed, const Tensors& results, std::int
 }
 
 Tensors results_only(Tensors tensors) {
-  for (const char* name : {"saved_c", "saved_T", "saved_states"}) tensors.erase(name);
+  for (const char* name : {"saved_c", "saved_T", "saved_states", "segment_counts"}) tensors.erase(name);
   return tensors;
 }
 
@@ -182,7 +182,7 @@ Call oracle_call(const Call& call) {
   Call oracle = call;
   oracle.options.backend = FLASHDELTA_BACKEND_REFERENCE;
   oracle.final_state_dtype = DType::f64;
-  oracle.in_place = false;
+  oracle.in_place = oracle.segment_counts = false;
   oracle.layouts.clear();
   oracle.unwanted = {"saved_c", "saved_T", "saved_states"};
   for (auto& [name, tensor] : oracle.inputs) tensor = tensor.converted(DType::f64);

@@ -67,6 +67,7 @@ struct Call {
   std::set<std::string> unwanted;         // outputs passed as null
   std::map<std::string, Layout> layouts;  // of outputs; contiguous where not named
   bool in_place = false;                  // final_state is initial_state
+  bool segment_counts = false;            // an output of chunk_forward too
 
   void set_cu_seqlens(std::vector<std::int64_t> values);
   [[nodiscard]] std::int64_t sequences() const;

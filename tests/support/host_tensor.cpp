@@ -7,7 +7,7 @@
 namespace flashdelta::testing {
 namespace {
 
-constexpr std::byte kNaN{0xff};  // all bits set is a NaN in every dtype
+constexpr std::byte kNaN{0xff};  // all bits set is a NaN in every dtype of floats
 constexpr std::byte kGuard{0xa5};
 constexpr std::size_t kGuardBytes = 64;
 constexpr std::size_t kAlignment = 64;
@@ -31,7 +31,8 @@ std::size_t aligned_start(const std::vector<std::byte>& bytes) {
 
 DLDataType dl_dtype(DType dtype) {
   const auto bits = static_cast<std::uint8_t>(8 * op::size_of(dtype));
-  return {static_cast<std::uint8_t>(dtype == DType::bf16 ? kDLBfloat : kDLFloat), bits, 1};
+  const auto code = dtype == DType::bf16 ? kDLBfloat : dtype == DType::i32 ? kDLInt : kDLFloat;
+  return {static_cast<std::uint8_t>(code), bits, 1};
 }
 
 }  // namespace

@@ -76,6 +76,7 @@ Tensors forward(Call& call, bool chunked) {
     args.saved_T = output(call, outputs, "saved_T", DType::f32, {c.B, c.T, c.HV, FLASHDELTA_CHUNK});
     args.saved_states = output(call, outputs, "saved_states", call.saved_states_dtype,
                                {c.B * c.T / (FLASHDELTA_CHUNK * every) + call.sequences(), c.HV, c.K, c.V});
+    if (call.segment_counts) args.segment_counts = output(call, outputs, "segment_counts", DType::i32, {4});
   }
   if (chunked) {
     run(call, args, outputs, flashdelta_chunk_forward_workspace_size, flashdelta_chunk_forward);

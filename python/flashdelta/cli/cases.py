@@ -55,7 +55,6 @@ class _Maker:
     most_tokens = 400
     dtypes = ("bf16", "bf16", "fp16", "fp32")
     padding = 3  # elements between the rows of padded q, k, v
-    most_segments = 8
     backward = True
 
     def __init__(self, seed: int):
@@ -260,7 +259,7 @@ class _Maker:
 
     def execution(self) -> dict[str, Any]:
         context_parallel = self.pick(("auto", "auto", "exact", "off"))
-        segments = 0 if context_parallel == "off" or self.chance(0.6) else int(self.rng.integers(1, self.most_segments + 1))
+        segments = 0 if context_parallel == "off" or self.chance(0.6) else int(self.rng.integers(1, 9))
         return {
             "context_parallel": context_parallel,
             "num_segments": segments,
@@ -270,13 +269,12 @@ class _Maker:
 
 
 class _CudaMaker(_Maker):
-    """Calls that the cuda backend takes: its widths and dtypes, strides of whole 16 bytes, no segments to count, no backward."""
+    """Calls that the cuda backend takes: its widths and dtypes, strides of whole 16 bytes, no backward."""
 
     budget = 24 << 20  # forward alone, and long enough for several chunks at width 128
     most_tokens = 1500
     dtypes = ("bf16", "bf16", "fp16")
     padding = 8
-    most_segments = 1
     backward = False
 
     def width(self) -> int:

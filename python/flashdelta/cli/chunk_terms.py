@@ -116,7 +116,7 @@ def sizes(chunks: list[Chunk], states: list[np.ndarray], adjoints: list[np.ndarr
         states: exact, in front of each chunk and behind the last [HV, K, V].
         adjoints: exact, behind each chunk and, first, in front of the first.
         do: [T, HV, V].
-        left_out: what segments may leave out of a state, as a share of earlier states (context_parallel_tolerance; 0: nothing).
+        left_out: what segments may leave out of a state, as a share of earlier states (the tolerance of the call; 0: nothing).
     """
     width = states[0].shape[-1]
     share = (left_out / ROUNDING) ** 2

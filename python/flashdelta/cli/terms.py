@@ -17,8 +17,8 @@ from flashdelta.cli.cases import Case
 from flashdelta.cli.chunk_terms import CHUNK, Chunk, Sizes
 
 _L2_EPS = 1e-6
-# What context_parallel="auto" may leave out of a state unless told otherwise, relative to what the state was.
-_LEFT_OUT = 1e-6
+# What context_parallel="auto" may leave out of a state unless told otherwise, relative to what the state was: by bytes of q's elements.
+_LEFT_OUT = {8: 1e-6, 4: 1e-6, 2: 1e-5}
 
 
 @dataclass
@@ -206,7 +206,7 @@ def norms(case: Case) -> Norms:
     """The 2-norm of the terms of every output of `case`."""
     f = _fold(case)
     heads = f.v.shape[2]
-    left_out = _LEFT_OUT if case.execution.get("context_parallel") == "auto" else 0.0
+    left_out = _LEFT_OUT[case.tensors["q"].itemsize] if case.execution.get("context_parallel") == "auto" else 0.0
     by_token, by_chunk = _Total(f.v.shape[:3]), _Total(f.v.shape[:3])
 
     def state(x: Any, n: int) -> np.ndarray:
