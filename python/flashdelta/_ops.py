@@ -164,7 +164,7 @@ def chunk_gated_delta_rule(
         transpose_state_layout: deprecated name of ``state_v_first`` (DeprecationWarning).
         head_first: removed; anything but None raises DeprecationWarning.
         context_parallel: "auto": long sequences of few heads are cut into segments, and what is certified to matter less than the
-            tolerance is cut off; "exact": segments, nothing cut off; "off": no segments.
+            tolerance is cut off; "exact": segments, nothing cut off; "off": no segments. docs/context_parallel.md has the whole.
         context_parallel_tolerance: what "auto" may cut off, relative to the state; None means 1e-6, with bfloat16 or float16 q 1e-5.
         num_segments: segments per sequence and head, 1..64 (fewer where there are fewer chunks); 0: planned.
         batch_invariant: a sequence's bits do not depend on what it is packed with.

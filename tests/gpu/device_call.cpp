@@ -77,6 +77,7 @@ DeviceCall::DeviceCall(const Call& call, Operation operation, Poison poison, int
   add_output("saved_c", DType::f32, {rows, tokens, c.HV});
   add_output("saved_T", DType::f32, {rows, tokens, c.HV, FLASHDELTA_CHUNK});
   add_output("saved_states", call_.saved_states_dtype, {rows * tokens / per_state + call_.sequences(), c.HV, c.K, c.V});
+  if (call_.segment_counts) add_output("segment_counts", DType::i32, {4});
 }
 
 void DeviceCall::add_output(const std::string& name, DType dtype, const Shape& shape) {
@@ -112,6 +113,7 @@ flashdelta_forward_args DeviceCall::arguments() {
   args.saved_c = out("saved_c");
   args.saved_T = out("saved_T");
   args.saved_states = out("saved_states");
+  args.segment_counts = out("segment_counts");
   args.workspace = workspace_.data();
   args.workspace_size = workspace_.size();
   return args;
