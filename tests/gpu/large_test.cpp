@@ -9,42 +9,12 @@
 #include "gpu/child.hpp"
 #include "gpu/device_call.hpp"
 #include "gpu/device_oracle.hpp"
+#include "gpu/device_tensors.hpp"
 #include "gpu/record.hpp"
 #include "support/contract.hpp"
 
 namespace flashdelta::testing {
 namespace {
-
-// A contiguous tensor that exists on the device alone.
-class Array {
- public:
-  Array(DType dtype, Shape shape)
-      : shape_(std::move(shape)), strides_(strides_of(shape_, Layout::contiguous)), buffer_(bytes(dtype, shape_), kNaNByte) {
-    const auto bits = static_cast<std::uint8_t>(8 * op::size_of(dtype));
-    dl_ = {.data = buffer_.data(),
-           .device = {kDLCUDA, 0},
-           .ndim = static_cast<int>(shape_.size()),
-           .dtype = {static_cast<std::uint8_t>(dtype == DType::bf16 ? kDLBfloat : kDLFloat), bits, 1},
-           .shape = shape_.data(),
-           .strides = strides_.data(),
-           .byte_offset = 0};
-  }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-
-  [[nodiscard]] DLTensor* dl() { return &dl_; }
-  [[nodiscard]] bool guards_intact() const { return buffer_.guards_intact(); }
-
- private:
-  static std::size_t bytes(DType dtype, const Shape& shape) {
-    std::int64_t size = op::size_of(dtype);
-    for (const std::int64_t axis : shape) size *= axis;
-    return static_cast<std::size_t>(size);
-  }
-  Shape shape_, strides_;
-  DeviceBuffer buffer_;
-  DLTensor dl_{};
-};
 
 struct Large {
   std::string name;
@@ -68,7 +38,7 @@ class LargeCall {
     args_.g = add(DType::f32, {c.B, c.T, c.HV});
     args_.beta = add(DType::f32, {c.B, c.T, c.HV});
     fill_normal(*args_.q, 1);
-    fill_unit(*args_.k, 2);
+    fill_vectors(*args_.k, 2);
     fill_normal(*args_.v, 3);
     fill_gates(*args_.g, 4);
     fill_sigmoid(*args_.beta, 5);

@@ -78,6 +78,9 @@ Call draw_call(std::uint64_t seed) {
   } else if (draw.chance(0.2)) {
     call.unwanted.insert("final_state");
   }
+  if (call.options.context_parallel != FLASHDELTA_CONTEXT_PARALLEL_OFF && call.options.batch_invariant == 0 && draw.chance(0.6)) {
+    call.options.num_segments = static_cast<int>(draw.between(1, 8));
+  }
   return call;
 }
 

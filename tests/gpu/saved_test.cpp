@@ -32,14 +32,23 @@ void expect_gate_sums(const HostTensor& found, const HostTensor& expected, const
   test::record_error("saved_c", worst);
 }
 
-void expect_saved(const Call& call, const std::string& context) {
+// What a forward on the CPU saves, and the oracle's results.
+struct Expected {
+  explicit Expected(const Call& call) : oracle(oracle_forward(call)) {
+    Call on_cpu = call;
+    on_cpu.options.backend = FLASHDELTA_BACKEND_CPU;
+    on_cpu.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
+    on_cpu.options.num_segments = 0;
+    saved = chunk_forward(on_cpu);
+  }
+  Tensors oracle, saved;
+};
+
+void expect_saved(const Call& call, const Expected& all, const std::string& context) {
   const Tensors found = cuda_forward(call);
   ASSERT_FALSE(found.empty());
-  expect_contract_recorded(call, found, context);
-  Call on_cpu = call;
-  on_cpu.options.backend = FLASHDELTA_BACKEND_CPU;
-  on_cpu.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
-  const Tensors expected = chunk_forward(on_cpu);
+  expect_contract_recorded(call, found, all.oracle, context);
+  const Tensors& expected = all.saved;
   if (found.contains("saved_c")) expect_gate_sums(found.at("saved_c"), expected.at("saved_c"), context);
 
   const DType dtype = call.made_from.dtype;
@@ -57,6 +66,8 @@ void expect_saved(const Call& call, const std::string& context) {
   }
 }
 
+void expect_saved(const Call& call, const std::string& context) { expect_saved(call, Expected(call), context); }
+
 class CudaSaved : public GpuTest, public ::testing::WithParamInterface<DType> {};
 INSTANTIATE_TEST_SUITE_P(, CudaSaved, ::testing::ValuesIn(kDTypes), [](const auto& param_info) { return short_name(param_info.param); });
 
@@ -68,6 +79,28 @@ TEST_P(CudaSaved, IsWhatTheCpuSaves) {
       Call call = cuda_call_saving(c);
       call.options.checkpoint_chunks = every;
       expect_saved(call, "every " + std::to_string(every) + (packed ? ", packed" : ""));
+    }
+  }
+}
+
+// Segments end where no checkpoint does, and checkpoints lie within warm-ups and right at the cuts.
+TEST_P(CudaSaved, IsTheSameHoweverACallIsCut) {
+  for (const Gate gate : {Gate::random, Gate::zero, Gate::strong, Gate::mixed}) {
+    for (const int every : {1, 3}) {
+      Case c{.name = "SavedInSegments", .T = 800, .H = 1, .HV = 4, .dtype = GetParam(), .gate = gate};
+      if (every == 1) c.cu_seqlens = {3, 3, 70, 71, 199, 199, 790};
+      Call call = cuda_call_saving(c);
+      call.options.checkpoint_chunks = every;
+      const Expected expected(call);
+      for (const int mode : {FLASHDELTA_CONTEXT_PARALLEL_AUTO, FLASHDELTA_CONTEXT_PARALLEL_EXACT}) {
+        for (const int segments : {0, 2, 3, 64}) {
+          call.options.context_parallel = mode;
+          call.options.num_segments = segments;
+          expect_saved(call, expected,
+                       "mode " + std::to_string(mode) + ", segments " + std::to_string(segments) + ", every " + std::to_string(every) +
+                           ", gate " + std::to_string(static_cast<int>(gate)));
+        }
+      }
     }
   }
 }
