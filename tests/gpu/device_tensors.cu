@@ -147,10 +147,25 @@ void fill(const DLTensor& tensor, Fill kind, std::uint64_t seed, double factor, 
   finish("filling a tensor");
 }
 
+// Allocated once: tests compare by the thousand. Sums start at zero.
 template <class Result, std::size_t N>
-void download(const DeviceBuffer& from, Result (&to)[N]) {
-  check_cuda(cudaMemcpy(to, from.data(), sizeof(to), cudaMemcpyDeviceToHost), "cudaMemcpy from the device");
-}
+class Sums {
+ public:
+  Sums() { memory().fill(std::byte{0}); }
+  [[nodiscard]] Result* device() const { return reinterpret_cast<Result*>(memory().data()); }
+  void wait(const char* what) {
+    finish(what);
+    check_cuda(cudaMemcpy(values_, memory().data(), sizeof(values_), cudaMemcpyDeviceToHost), "cudaMemcpy from the device");
+  }
+  Result operator[](std::size_t i) const { return values_[i]; }
+
+ private:
+  static DeviceBuffer& memory() {
+    static auto& buffer = *new DeviceBuffer(N * sizeof(Result), std::byte{0});
+    return buffer;
+  }
+  Result values_[N];
+};
 
 std::size_t bytes_of(DType dtype, const Shape& shape) {
   std::int64_t size = op::size_of(dtype);
@@ -201,30 +216,24 @@ void copy(const DLTensor& from, const DLTensor& to) {
 }
 
 std::int64_t count_not_finite(const DLTensor& tensor) {
-  DeviceBuffer found(sizeof(unsigned long long), std::byte{0});
-  count_bad<<<kBlocks, kThreads>>>(view_of(&tensor), reinterpret_cast<unsigned long long*>(found.data()));
-  finish("counting what is not finite");
-  unsigned long long count[1];
-  download(found, count);
-  return static_cast<std::int64_t>(count[0]);
+  Sums<unsigned long long, 1> found;
+  count_bad<<<kBlocks, kThreads>>>(view_of(&tensor), found.device());
+  found.wait("counting what is not finite");
+  return static_cast<std::int64_t>(found[0]);
 }
 
 std::int64_t count_different(const DLTensor& a, const DLTensor& b) {
-  DeviceBuffer found(sizeof(unsigned long long), std::byte{0});
-  count_unequal<<<kBlocks, kThreads>>>(view_of(&a), view_of(&b), reinterpret_cast<unsigned long long*>(found.data()));
-  finish("comparing two tensors");
-  unsigned long long count[1];
-  download(found, count);
-  return static_cast<std::int64_t>(count[0]);
+  Sums<unsigned long long, 1> found;
+  count_unequal<<<kBlocks, kThreads>>>(view_of(&a), view_of(&b), found.device());
+  found.wait("comparing two tensors");
+  return static_cast<std::int64_t>(found[0]);
 }
 
 double relative_difference(const DLTensor& a, const DLTensor& b) {
-  DeviceBuffer found(2 * sizeof(double), std::byte{0});
-  add_squares<<<kBlocks, kThreads>>>(view_of(&a), view_of(&b), reinterpret_cast<double*>(found.data()));
-  finish("comparing two tensors");
-  double sums[2];
-  download(found, sums);
-  return sums[0] == 0 ? 0 : std::sqrt(sums[0] / sums[1]);
+  Sums<double, 2> found;
+  add_squares<<<kBlocks, kThreads>>>(view_of(&a), view_of(&b), found.device());
+  found.wait("comparing two tensors");
+  return found[0] == 0 ? 0 : std::sqrt(found[0] / found[1]);
 }
 
 }  // namespace flashdelta::testing

@@ -131,8 +131,18 @@ void LongCall::run() {
   EXPECT_TRUE(guards_intact()) << "wrote outside a tensor or the workspace";
 }
 
+std::array<std::int32_t, 4> LongCall::run_counting() {
+  counts_.poison();
+  args_.segment_counts = counts_.dl();
+  run();
+  args_.segment_counts = nullptr;
+  std::array<std::int32_t, 4> counts{};
+  check_cuda(cudaMemcpy(counts.data(), counts_.dl()->data, sizeof(counts), cudaMemcpyDeviceToHost), "cudaMemcpy from the device");
+  return counts;
+}
+
 bool LongCall::guards_intact() const {
-  bool intact = !workspace_ || workspace_->guards_intact();
+  bool intact = counts_.guards_intact() && (!workspace_ || workspace_->guards_intact());
   for (const Array& array : arrays_) intact = intact && array.guards_intact();
   return intact;
 }

@@ -1,10 +1,12 @@
 // Calls of long sequences: everything made, run and compared on the GPU.
 #pragma once
 
+#include <array>
 #include <deque>
 #include <iosfwd>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "flashdelta/flashdelta.h"
@@ -51,6 +53,7 @@ class LongCall {
 
   // Another cut of the same call; the workspace is asked for anew.
   void set_cut(const Cut& cut);
+  void set_tolerance(double tolerance) { args_.options.context_parallel_tolerance = tolerance; }
   // Other values in the same tensors: everything of `c` but its sizes, dtypes and flags.
   void refill(const LongCase& c);
   // Outputs and workspace to NaN; an initial state that a call has overwritten to what it was.
@@ -59,6 +62,8 @@ class LongCall {
   [[nodiscard]] std::string launch(cudaStream_t stream = nullptr);
   // poison, launch, wait; a failure of any kind fails the test.
   void run();
+  // The same with segment_counts asked for: segments, boundaries warmed up, boundaries exact, chunks of warm-up.
+  std::array<std::int32_t, 4> run_counting();
 
   // Arguments whose initial_state is what it was before the call.
   [[nodiscard]] flashdelta_forward_args args() const;
@@ -79,6 +84,7 @@ class LongCall {
   std::deque<Array> arrays_;
   std::vector<std::pair<std::string, Array*>> names_;
   flashdelta_forward_args args_{};
+  Array counts_{DType::i32, {4}};
   std::optional<DeviceBuffer> workspace_;
 };
 

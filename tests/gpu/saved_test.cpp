@@ -85,15 +85,15 @@ TEST_P(CudaSaved, IsWhatTheCpuSaves) {
 
 // Segments end where no checkpoint does, and checkpoints lie within warm-ups and right at the cuts.
 TEST_P(CudaSaved, IsTheSameHoweverACallIsCut) {
-  for (const Gate gate : {Gate::random, Gate::zero, Gate::strong, Gate::mixed}) {
+  for (const Gate gate : {Gate::zero, Gate::mixed}) {
     for (const int every : {1, 3}) {
-      Case c{.name = "SavedInSegments", .T = 800, .H = 1, .HV = 4, .dtype = GetParam(), .gate = gate};
-      if (every == 1) c.cu_seqlens = {3, 3, 70, 71, 199, 199, 790};
+      Case c{.name = "SavedInSegments", .T = 700, .H = 1, .HV = 4, .dtype = GetParam(), .gate = gate};
+      if (every == 1) c.cu_seqlens = {3, 3, 70, 71, 99, 99, 690};
       Call call = cuda_call_saving(c);
       call.options.checkpoint_chunks = every;
       const Expected expected(call);
       for (const int mode : {FLASHDELTA_CONTEXT_PARALLEL_AUTO, FLASHDELTA_CONTEXT_PARALLEL_EXACT}) {
-        for (const int segments : {0, 2, 3, 64}) {
+        for (const int segments : {3, 64}) {
           call.options.context_parallel = mode;
           call.options.num_segments = segments;
           expect_saved(call, expected,
