@@ -6,12 +6,15 @@
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/cuda.hpp"
 #include "cuda/forward/forward.hpp"
 #include "cuda/prepare/prepare.hpp"
+#include "cuda/segment/segment.hpp"
 #include "cuda/status.hpp"
 #include "cuda/tensor_map.hpp"
 
@@ -44,9 +47,33 @@ std::int64_t chunk_numbers(const Problem& p) {
   return p.cu_seqlens == nullptr ? p.B * ((p.T + kChunk - 1) / kChunk) : p.T / kChunk + p.N;
 }
 
+segment::Mode mode_of(const Problem& p) {
+  if (p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_OFF) return segment::Mode::off;
+  return p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_EXACT ? segment::Mode::exact : segment::Mode::automatic;
+}
+
+// Whether two strided tensors may share memory.
+bool overlap(const op::Tensor& a, const op::Tensor& b) {
+  if (a.data == nullptr || b.data == nullptr) return false;
+  const auto range = [](const op::Tensor& t) {
+    std::int64_t low = 0, high = 0;
+    for (int i = 0; i < t.rank; ++i) {
+      const std::int64_t reach = (t.shape[i] - 1) * t.stride[i];
+      (reach < 0 ? low : high) += reach;
+    }
+    const auto* base = static_cast<const char*>(t.data);
+    return std::pair{base + low * op::size_of(t.dtype), base + (high + 1) * op::size_of(t.dtype)};
+  };
+  const auto [a_low, a_high] = range(a);
+  const auto [b_low, b_high] = range(b);
+  return a_low < b_high && b_low < a_high;
+}
+
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
 struct Layout {
-  std::int64_t counter = 0, maps = 0, records = 0, size = 0;
+  std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
+  std::int64_t states = 0, transitions = 0, records = 0, size = 0;
+  segment::Room room;
 };
 
 Layout layout_of(const Problem& p) {
@@ -54,7 +81,18 @@ Layout layout_of(const Problem& p) {
   Layout layout;
   layout.maps = aligned(layout.counter + sizeof(int));
   const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
-  layout.records = aligned(layout.maps + maps);
+  layout.room = segment::room_of(p.N * p.HV, chunk_numbers(p), p.HV, mode_of(p), p.batch_invariant, p.num_segments);
+  const std::int64_t counts = layout.room.boundaries * 4, boundary = layout.room.boundaries * kHead * kHead * 4;
+  layout.header = aligned(layout.maps + maps);
+  layout.items = aligned(layout.header + static_cast<std::int64_t>(sizeof(PlanHeader)));
+  layout.arrived = aligned(layout.items + layout.room.items * static_cast<std::int64_t>(sizeof(Item)));
+  layout.scanned = aligned(layout.arrived + counts);
+  layout.warm = aligned(layout.scanned + counts);
+  layout.initial_read = aligned(layout.warm + counts);
+  layout.bounds = aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0));
+  layout.states = aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : chunk_numbers(p) * p.HV * 4));
+  layout.transitions = aligned(layout.states + boundary);
+  layout.records = aligned(layout.transitions + boundary);
   layout.size = layout.records + chunk_numbers(p) * p.HV * record_bytes(p.qk_l2norm) + 64;
   return layout;
 }
@@ -73,6 +111,15 @@ Scalars scalars(const op::Tensor& t) {
 States states(const op::Tensor& t) {
   if (t.data == nullptr) return {};
   return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2], t.stride[3]};
+}
+
+// Bytes of one head's state where it lies in one piece that bulk copies take, else 0.
+int contiguous_bytes(const op::Tensor& t) {
+  if (t.data == nullptr) return 0;
+  const bool dense = (t.stride[3] == 1 && t.stride[2] == kHead) || (t.stride[2] == 1 && t.stride[3] == kHead);
+  const std::int64_t size = op::size_of(t.dtype);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && t.stride[0] * size % 16 == 0 && t.stride[1] * size % 16 == 0;
+  return dense && aligned ? static_cast<int>(kHead * kHead * size) : 0;
 }
 
 int multiprocessors(int device) {
@@ -133,7 +180,10 @@ void chunk_forward(const Problem& p) {
   const DeviceGuard guard(p.device_id);
   const auto stream = static_cast<cudaStream_t>(p.stream);
   if (p.cu_seqlens != nullptr && wants_offset_check()) check_offsets(p, stream);
-  if (p.N == 0 && p.B * p.T == 0) return;
+  if (p.N == 0 && p.B * p.T == 0) {
+    if (p.segment_counts.data != nullptr) check(cudaMemsetAsync(p.segment_counts.data, 0, 4 * sizeof(std::int32_t), stream), "clearing segment_counts");
+    return;
+  }
 
   const Layout layout = layout_of(p);
   auto* base = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(p.workspace) + 127) / 128 * 128);
@@ -176,7 +226,36 @@ void chunk_forward(const Problem& p) {
   prepared.saved_states = states(p.saved_states);
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
+  const segment::Mode mode = mode_of(p);
+  prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<float*>(base + layout.bounds);
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
+
+  Plan plan{};
+  if (mode != segment::Mode::off || p.segment_counts.data != nullptr) {
+    const auto at = [&](std::int64_t offset) { return reinterpret_cast<std::int32_t*>(base + offset); };
+    plan.header = reinterpret_cast<PlanHeader*>(base + layout.header);
+    plan.items = reinterpret_cast<Item*>(base + layout.items);
+    plan.arrived = at(layout.arrived), plan.scanned = at(layout.scanned), plan.warm = at(layout.warm);
+    plan.states = reinterpret_cast<float*>(base + layout.states);
+    plan.transitions = reinterpret_cast<float*>(base + layout.transitions);
+    plan.initial_read = mode != segment::Mode::off && overlap(p.initial_state, p.final_state) ? at(layout.initial_read) : nullptr;
+  }
+  if (plan.header != nullptr) {
+    segment::Arguments planned{};
+    planned.sequences = sequences;
+    planned.HV = static_cast<int>(p.HV);
+    planned.slots = prepared.slots;
+    planned.multiprocessors = count;
+    planned.mode = mode;
+    planned.fixed = p.batch_invariant;
+    planned.forced = p.num_segments;
+    planned.most_boundaries = static_cast<int>(layout.room.boundaries);
+    planned.enough = static_cast<float>(std::log(p.tolerance));
+    planned.bounds = prepared.bounds;
+    planned.plan = plan;
+    planned.counts = static_cast<std::int32_t*>(p.segment_counts.data);
+    check(segment::launch(planned, stream), "launching the plan of segments");
+  }
 
   forward::Arguments arguments{};
   arguments.sequences = sequences;
@@ -187,8 +266,10 @@ void chunk_forward(const Problem& p) {
   arguments.records = prepared.records;
   arguments.bounded_maps = bounded_maps;
   arguments.counter = counter;
+  arguments.plan = plan;
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
+  arguments.initial_state_bytes = contiguous_bytes(p.initial_state);
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   check(forward::launch(arguments, maps, operand, count, stream), "launching the chunk loop");

@@ -18,5 +18,11 @@ constexpr int kProducerRegisters = 24;
 // Named barriers (0 is __syncthreads).
 constexpr int kConsumerBarrier = 1;  // and 2: inside a consumer
 constexpr int kTurnBarrier = 3;      // and 4: whose turn it is to issue products
+constexpr int kScanBarrier = 5;      // both consumers
+
+// Chunks before an item's last at which the next item is claimed. Its loads begin three chunks before its first product.
+constexpr int kClaimAhead = 4;
+// Items in flight: one with the producer, and those that short ones leave open behind it.
+constexpr int kWorkRing = 4;
 
 }  // namespace flashdelta::cuda::forward

@@ -20,7 +20,7 @@ cudaError_t launch_as(const Arguments& arguments, const CUtensorMap* maps, int m
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(items, multiprocessors));
+  config.gridDim = dim3(arguments.plan.header == nullptr ? std::min(items, multiprocessors) : multiprocessors);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = sizeof(Shared);
   config.stream = stream;

@@ -6,6 +6,7 @@
 
 #include "cuda/device/fragment.cuh"
 #include "cuda/layout.cuh"
+#include "cuda/segment/items.cuh"
 
 namespace flashdelta::cuda::forward {
 
@@ -16,8 +17,10 @@ struct Arguments {
   float scale;
   const unsigned char* records;
   const CUtensorMap* bounded_maps;  // null where no map needs a bound
-  int* counter;                     // hands out items after the first of each CTA
+  int* counter;                     // hands out tickets; without a plan those after the first of each CTA
+  Plan plan;
   States initial_state, final_state, saved_states;
+  int initial_state_bytes;          // of one head, where that lies in one piece; else 0
   int checkpoint_chunks;
 };
 

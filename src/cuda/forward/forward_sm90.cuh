@@ -13,6 +13,7 @@
 #include "cuda/forward/config.h"
 #include "cuda/forward/forward.hpp"
 #include "cuda/layout.cuh"
+#include "cuda/segment/scan_sm90.cuh"
 
 namespace flashdelta::cuda::forward {
 
@@ -21,9 +22,20 @@ using device::Operand;
 using std::uint32_t;
 using std::uint64_t;
 
-// What one CTA works on from a zero or given state to the end: chunks of one value head of one sequence. chunks < 0: no more work.
-struct Item {
-  int sequence, head, row, token, length, chunks, slot;
+// An item and where its sequence lies: batch row, first token, tokens, number of the first chunk. chunks < 0: no more work.
+struct Work {
+  Item item;
+  int row, token, length, slot;
+
+  __device__ __forceinline__ bool full(int c) const { return c >= item.warm; }  // else the chunk only moves the state on
+  __device__ __forceinline__ bool values() const { return item.from != From::identity; }
+  __device__ __forceinline__ bool ragged() const { return length % kChunk != 0; }
+};
+
+// Where a chunk of o goes.
+struct Output {
+  const CUtensorMap* map;
+  int head, token, row;
 };
 
 struct alignas(1024) Shared {
@@ -41,10 +53,12 @@ struct alignas(1024) Shared {
   float query[kStages][kChunk];  // scale / |q|
   float key[kStages][kChunk];    // 1 / |k|
   float decay[kStages];          // exp(c_last)
-  Item item[2];
+  Work work[kWorkRing];
+  Output output[2];  // of each consumer's last chunk, which is on its way out
+  segment::ScanShared scan;
   Barrier loaded[kStages], normed[kStages], made[kStages], released[kStages];
   Barrier v_loaded[kValueStages], v_released[kValueStages];
-  Barrier item_full[2], item_empty[2];
+  Barrier item_full[kWorkRing], item_empty[kWorkRing];
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "more than a multiprocessor's shared memory");
 
@@ -57,15 +71,17 @@ struct Place {
   }
 };
 
-// Items come through a ring of two: the producer is up to three chunks ahead of the others.
-struct ItemReader {
-  Place<2> place;
-  __device__ __forceinline__ Item next(Shared& s) {
+// Work comes through a ring: the producer is up to three chunks ahead of the others. It is read where it lies (the consumers have no
+// registers for it) and given back when done.
+struct WorkReader {
+  Place<kWorkRing> place;
+  __device__ __forceinline__ const Work& next(Shared& s) {
     device::barrier_wait(s.item_full[place.at], place.parity);
-    const Item item = s.item[place.at];
+    return s.work[place.at];
+  }
+  __device__ __forceinline__ void done(Shared& s) {
     device::barrier_arrive(s.item_empty[place.at]);
     place.next();
-    return item;
   }
 };
 
@@ -75,53 +91,102 @@ __device__ __forceinline__ const CUtensorMap* bounded(const Arguments& a, int se
 
 // --- the producer threads: one hands out items and loads keys, queries and records, the other loads values
 
-// The map of a chunk: the bounded one where it is a packed sequence's last and not full.
-__device__ __forceinline__ const CUtensorMap* map_of(const Arguments& a, const Item& item, int chunk, const CUtensorMap* whole, MapIndex which) {
-  return a.bounded_maps != nullptr && (chunk + 1) * kChunk > item.length ? bounded(a, item.sequence, which) : whole;
+// The map of a chunk of the sequence: the bounded one where it is a packed sequence's last and not full.
+__device__ __forceinline__ const CUtensorMap* map_of(const Arguments& a, const Work& work, int chunk, const CUtensorMap* whole, MapIndex which) {
+  return a.bounded_maps != nullptr && (chunk + 1) * kChunk > work.length ? bounded(a, work.item.sequence, which) : whole;
 }
 
-__device__ __forceinline__ Item item_of(const Arguments& a, int index) {
-  Item item{};
-  item.chunks = -1;
-  if (index < a.sequences.N * a.HV) {
-    const int n = index / a.HV;
-    const Sequences::Span span = a.sequences.span(n);
-    item = {n, index % a.HV, span.row, span.begin, span.length, span.chunks(), span.slot};
+// Hands out work: a plan's items ticket by ticket, then the (sequence, head) pairs that the plan leaves whole.
+struct Claims {
+  int tickets = 0, longest_whole = 1 << 30, more = -1, first;
+
+  __device__ __forceinline__ explicit Claims(const Arguments& a) {
+    // Without a plan no item waits for another, and the first ticket may be the block's own.
+    first = a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : -1;
+    if (a.plan.header != nullptr) tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole;
   }
-  return item;
-}
+  __device__ __forceinline__ int ticket(const Arguments& a) {
+    if (first >= 0) {
+      const int mine = first;
+      first = -1;
+      return mine;
+    }
+    return atomicAdd(a.counter, 1) + (a.plan.header == nullptr ? static_cast<int>(gridDim.x) : 0);
+  }
+  __device__ __forceinline__ void next(const Arguments& a, Work& to) {
+    int index = more, pair = 0;
+    more = -1;
+    if (index < 0) {
+      do {
+        const int mine = ticket(a);
+        if (mine < tickets) index = mine;
+        pair = mine - tickets;
+      } while (index < 0 && pair < a.sequences.N * a.HV && a.sequences.span(pair / a.HV).chunks() > longest_whole);
+    }
+    if (index >= 0) {
+      to.item = a.plan.items[index];
+      more = to.item.more;
+    } else if (pair < a.sequences.N * a.HV) {
+      to.item = {pair / a.HV, pair % a.HV, 0, 0, a.sequences.span(pair / a.HV).chunks(), From::start, 0, To::final_state, 0, 0, -1, 0};
+    } else {
+      to.item.chunks = -1;
+      return;
+    }
+    const Sequences::Span span = a.sequences.span(to.item.sequence);
+    to.row = span.row, to.token = span.begin, to.length = span.length, to.slot = span.slot;
+  }
+};
 
 __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k) {
-  Place<2> ring;
+  Place<kWorkRing> ring;
   Place<kStages> stage;
-  int index = blockIdx.x;
-#pragma unroll 1
-  for (;;) {
-    const Item item = item_of(a, index);
+  Claims claims(a);
+  const int bytes = record_bytes(a.l2norm);
+  const auto claim = [&] {
+    Work& to = s.work[ring.at];
     device::barrier_wait_long(s.item_empty[ring.at], ring.parity ^ 1);
-    s.item[ring.at] = item;
+    claims.next(a, to);
     device::barrier_arrive(s.item_full[ring.at]);
-    ring.next();
-    if (item.chunks < 0) return;
-    index = gridDim.x + atomicAdd(a.counter, 1);
-    if (a.bounded_maps != nullptr && item.length % kChunk != 0) {
-      device::acquire_map(bounded(a, item.sequence, kMapQ));
-      device::acquire_map(bounded(a, item.sequence, kMapK));
+    // Its initial state, where that lies in one piece, is in L2 by the time the consumers want it.
+    if (to.item.chunks > 0 && to.item.from == From::start && a.initial_state_bytes > 0) {
+      device::prefetch_bytes(static_cast<const char*>(a.initial_state.data) +
+                                 (to.item.sequence * a.initial_state.sequence + to.item.head * a.initial_state.head) *
+                                     (a.initial_state_bytes / (kHead * kHead)),
+                             a.initial_state_bytes);
     }
-    const int key_head = item.head / (a.HV / a.H), bytes = record_bytes(a.l2norm);
-    const unsigned char* record = a.records + (static_cast<std::int64_t>(item.slot) * a.HV + item.head) * bytes;
+    ring.next();
+  };
+  int ahead = -1;  // chunk at which the next item is claimed; -1: now
 #pragma unroll 1
-    for (int c = 0; c < item.chunks; ++c) {
+  for (int at = 0;; at = (at + 1) % kWorkRing) {
+    if (ahead < 0) claim();
+    const Work& work = s.work[at];
+    const int chunks = work.item.chunks;
+    if (chunks < 0) return;
+    if (a.bounded_maps != nullptr && work.ragged()) {
+      device::acquire_map(bounded(a, work.item.sequence, kMapQ));
+      device::acquire_map(bounded(a, work.item.sequence, kMapK));
+    }
+    const int key_head = work.item.head / (a.HV / a.H);
+    const unsigned char* record = a.records + (static_cast<std::int64_t>(work.slot + work.item.first) * a.HV + work.item.head) * bytes;
+    // Late enough that free multiprocessors take what is left, early enough that the next item's state and tiles are there in time.
+    ahead = chunks == 0 ? -1 : max(0, chunks - kClaimAhead);
+#pragma unroll 1
+    for (int c = 0; c < chunks; ++c) {
+      if (c == ahead) claim();
       Barrier& loaded = s.loaded[stage.at];
+      const int chunk = work.item.first + c, token = work.token + chunk * kChunk;
       device::barrier_wait_long(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, 2 * kChunk * kHead * 2 + bytes);
+      device::barrier_arrive_expect(loaded, (work.full(c) ? 2 : 1) * kChunk * kHead * 2 + bytes);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        device::load_box(s.k[stage.at][half], map_of(a, item, c, map_k, kMapK), loaded, half * kTile, key_head, item.token + c * kChunk, item.row);
+        device::load_box(s.k[stage.at][half], map_of(a, work, chunk, map_k, kMapK), loaded, half * kTile, key_head, token, work.row);
       }
+      if (work.full(c)) {
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        device::load_box(s.q[stage.at][half], map_of(a, item, c, map_q, kMapQ), loaded, half * kTile, key_head, item.token + c * kChunk, item.row);
+        for (int half = 0; half < 2; ++half) {
+          device::load_box(s.q[stage.at][half], map_of(a, work, chunk, map_q, kMapQ), loaded, half * kTile, key_head, token, work.row);
+        }
       }
       unsigned char* t = s.t[stage.at].panels;
       device::load_bytes(t, record, panel_offset(1), loaded);
@@ -134,19 +199,23 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
 }
 
 __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v) {
-  ItemReader items;
+  WorkReader works;
   Place<kValueStages> stage;
 #pragma unroll 1
-  for (Item item = items.next(s); item.chunks >= 0; item = items.next(s)) {
-    if (a.bounded_maps != nullptr && item.length % kChunk != 0) device::acquire_map(bounded(a, item.sequence, kMapV));
+  for (;; works.done(s)) {
+    const Work& work = works.next(s);
+    if (work.item.chunks < 0) return;
+    if (!work.values()) continue;
+    if (a.bounded_maps != nullptr && work.ragged()) device::acquire_map(bounded(a, work.item.sequence, kMapV));
 #pragma unroll 1
-    for (int c = 0; c < item.chunks; ++c) {
+    for (int c = 0; c < work.item.chunks; ++c) {
+      const int chunk = work.item.first + c;
       device::barrier_wait_long(s.v_released[stage.at], stage.parity ^ 1);
       device::barrier_arrive_expect(s.v_loaded[stage.at], kChunk * kHead * 2);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        device::load_box(s.v[stage.at][half], map_of(a, item, c, map_v, kMapV), s.v_loaded[stage.at], half * kTile, item.head,
-                         item.token + c * kChunk, item.row);
+        device::load_box(s.v[stage.at][half], map_of(a, work, chunk, map_v, kMapV), s.v_loaded[stage.at], half * kTile, work.item.head,
+                         work.token + chunk * kChunk, work.row);
       }
       stage.next();
     }
@@ -177,10 +246,13 @@ __device__ __forceinline__ float inverse_query_norm(const Shared& s, int stage, 
 
 template <Operand Type>
 __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int token) {
-  ItemReader items;
+  WorkReader works;
   Place<kStages> stage;
 #pragma unroll 1
-  for (int chunks = items.next(s).chunks; chunks >= 0; chunks = items.next(s).chunks) {
+  for (;; works.done(s)) {
+    const Work& work = works.next(s);
+    const int chunks = work.item.chunks;
+    if (chunks < 0) return;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
@@ -188,7 +260,7 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
       const RecordTail& record = s.t[at].tail;
       // Keys scaled by 2^-e count as normalised ones whose values are scaled by 2^e; the record's beta has that factor.
       const float key = a.l2norm ? record.norm[token] : exp2f(-static_cast<float>(record.exponent[token]));
-      const float query = a.l2norm ? a.scale * inverse_query_norm<Type>(s, at, token) : a.scale;
+      const float query = a.l2norm && work.full(chunk) ? a.scale * inverse_query_norm<Type>(s, at, token) : a.scale;
       s.query[at][token] = query;
       s.key[at][token] = key;
       device::barrier_arrive(s.normed[at]);
@@ -234,15 +306,23 @@ __device__ __forceinline__ void make_p(const float (&A)[32], const float* c, con
 template <Operand Type>
 __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
   const int lane = tid % 32, warp = __shfl_sync(~0U, tid / 32, 0);
-  ItemReader items;
+  WorkReader works;
   Place<kStages> stage;
 #pragma unroll 1
-  for (Item item = items.next(s); item.chunks >= 0; item = items.next(s)) {
+  for (;; works.done(s)) {
+    const Work& work = works.next(s);
+    const int chunks = work.item.chunks;
+    if (chunks < 0) return;
 #pragma unroll 1
-    for (int chunk = 0; chunk < item.chunks; ++chunk) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
       const float* c = s.t[at].tail.c;
       device::barrier_wait(s.loaded[at], stage.parity);
+      if (!work.full(chunk)) {
+        device::barrier_arrive(s.made[at]);
+        stage.next();
+        continue;
+      }
       float A[32];
       const uint64_t q = device::describe_rows_128(s.q[at][0]), k = device::describe_rows_128(s.k[at][0]);
       device::wgmma_fence();
@@ -286,16 +366,16 @@ __device__ __forceinline__ void load_state(float (&S)[64], const States& from, s
     for (int i = 0; i < 64; ++i) S[i] = 0.F;
     return;
   }
-  const auto fill = [&](auto read) {
+  const auto fill = [&](auto read) {  // past L1, which does not see what other multiprocessors write
 #pragma unroll
     for (int i = 0; i < 64; ++i) S[i] = read(offset + state_k(i, lane) * from.k + state_v(i, first_row, lane) * from.v);
   };
   if (from.type == device::Type::f32) {
-    fill([&](std::int64_t at) { return static_cast<const float*>(from.data)[at]; });
+    fill([&](std::int64_t at) { return __ldcg(static_cast<const float*>(from.data) + at); });
   } else if (from.type == device::Type::bf16) {
-    fill([&](std::int64_t at) { return __bfloat162float(static_cast<const __nv_bfloat16*>(from.data)[at]); });
+    fill([&](std::int64_t at) { return __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(from.data) + at)); });
   } else {
-    fill([&](std::int64_t at) { return __half2float(static_cast<const __half*>(from.data)[at]); });
+    fill([&](std::int64_t at) { return __half2float(__ldcg(static_cast<const __half*>(from.data) + at)); });
   }
 }
 
@@ -313,6 +393,53 @@ __device__ __forceinline__ void store_state(const float (&S)[64], const States& 
   }
 }
 
+// The state that an item begins with.
+__device__ __forceinline__ void begin_item(const Arguments& a, const Item& item, float (&S)[64], int w, int first_row, int tid, int lane) {
+  if (item.from == From::identity) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) S[i] = state_k(i, lane) == state_v(i, first_row, lane) ? 1.F : 0.F;
+    return;
+  }
+  States from = a.initial_state;
+  std::int64_t at = item.sequence * from.sequence + item.head * from.head;
+  if (item.from == From::zero) from.data = nullptr;
+  if (item.from == From::boundary) {
+    if (tid == 0) {
+      if (item.from_scan != 0) {
+        segment::wait_for_count(&a.plan.scanned[item.from_boundary], kScanBlocks);
+      } else {
+        segment::wait_for_count(&a.plan.arrived[item.from_boundary], kArrivalsWhole);
+      }
+    }
+    device::named_sync(kConsumerBarrier + w, 128);
+    from = {a.plan.states, device::Type::f32, 0, 0, kHead, 1};
+    at = static_cast<std::int64_t>(item.from_boundary) * kHead * kHead;
+  }
+  load_state(S, from, at, first_row, lane);
+  if (a.plan.initial_read != nullptr && item.from == From::start) {  // the final state will overwrite it
+    device::named_sync(kConsumerBarrier + w, 128);
+    if (tid == 0) segment::add_to_count(&a.plan.initial_read[item.sequence * a.HV + item.head]);
+  }
+}
+
+// Where an item's state goes.
+__device__ __forceinline__ void end_item(const Arguments& a, const Item& item, const float (&S)[64], int w, int first_row, int tid, int lane) {
+  if (item.to == To::nowhere) return;
+  if (item.to == To::final_state) {
+    if (a.final_state.data == nullptr) return;
+    if (a.plan.initial_read != nullptr && item.from != From::start) {
+      if (tid == 0) segment::wait_for_count(&a.plan.initial_read[item.sequence * a.HV + item.head], 2);
+      device::named_sync(kConsumerBarrier + w, 128);
+    }
+    store_state(S, a.final_state, item.sequence * a.final_state.sequence + item.head * a.final_state.head, first_row, lane);
+    return;
+  }
+  float* to = item.to == To::transition ? a.plan.transitions : a.plan.states;
+  store_state(S, {to, device::Type::f32, 0, 0, kHead, 1}, static_cast<std::int64_t>(item.to_boundary) * kHead * kHead, first_row, lane);
+  device::named_sync(kConsumerBarrier + w, 128);
+  if (tid == 0) segment::add_to_count(&a.plan.arrived[item.to_boundary]);
+}
+
 // U (64 x 64) = or += A (64 x 64, four k steps) B^T, B lower triangular in staged panels: rows 0..31 meet two panels, 32..63 all four.
 template <Operand Type, bool Fresh>
 __device__ __forceinline__ void multiply_panels(float (&U)[32], const uint32_t* a, uint64_t panels) {
@@ -322,6 +449,36 @@ __device__ __forceinline__ void multiply_panels(float (&U)[32], const uint32_t* 
   device::wgmma_rs_n32<Type, false>(U + 16, a + 4, device::advance(panels, staged_panel(1) + 1024));
   device::wgmma_rs_n32<Type, false>(U + 16, a + 8, device::advance(panels, staged_panel(2) + 1024));
   device::wgmma_rs_n32<Type, false>(U + 16, a + 12, device::advance(panels, staged_panel(3) + 1024));
+}
+
+// X^T = beta (v - gam k S)^T: (k S)^T in U.
+template <Operand Type>
+__device__ __forceinline__ void solve_for(uint32_t (&X)[16], const float (&U)[32], const uint32_t (&V)[16], const float2 (&factor)[8],
+                                          const float2 (&beta)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 v0 = device::unpack<Type>(V[2 * j]), v1 = device::unpack<Type>(V[2 * j + 1]);
+    X[2 * j] = device::pack<Type>(fmaf(U[4 * j], factor[j].x, v0.x * beta[j].x), fmaf(U[4 * j + 1], factor[j].y, v0.y * beta[j].y));
+    X[2 * j + 1] = device::pack<Type>(fmaf(U[4 * j + 2], factor[j].x, v1.x * beta[j].x), fmaf(U[4 * j + 3], factor[j].y, v1.y * beta[j].y));
+  }
+}
+
+// S^T += (factor U)^T k, issued and committed.
+template <Operand Type>
+__device__ __forceinline__ void write_state(float (&S)[64], const float (&U)[32], const float2 (&factor)[8], const unsigned char* tile) {
+  uint32_t U16[16];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    U16[2 * j] = device::pack<Type>(U[4 * j] * factor[j].x, U[4 * j + 1] * factor[j].y);
+    U16[2 * j + 1] = device::pack<Type>(U[4 * j + 2] * factor[j].x, U[4 * j + 3] * factor[j].y);
+  }
+  const uint64_t k_columns = device::describe_columns_128(tile, kChunk * 128);
+  device::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    device::wgmma_rs_n128_columns<Type>(S, U16 + 4 * step, device::advance(k_columns, step * 2048));
+  }
+  device::wgmma_commit();
 }
 
 template <Operand Type>
@@ -337,10 +494,10 @@ __device__ __forceinline__ void multiply_tile(float (&U)[32], const uint32_t* st
 }
 
 // A hard chunk, token by token in float32, on the state as it lies in registers: about ten times as long as the products take, and as
-// exact as the recurrence itself. o replaces v in its tile.
+// exact as the recurrence itself. o replaces v in its tile, where it is wanted (full).
 template <Operand Type>
-__device__ __forceinline__ void step_through(const Arguments& a, const Shared& s, float (&S)[64], int at, unsigned char* v_tile, int warp,
-                                             int lane) {
+__device__ __forceinline__ void step_through(const Arguments& a, const Shared& s, float (&S)[64], int at, unsigned char* v_tile, bool full,
+                                             bool values, int warp, int lane) {
   const RecordTail& record = s.t[at].tail;
   const int pair = lane % 4, first = warp * 16 + lane / 4;  // its value columns: first and first + 8
   float c_before = 0.F;
@@ -365,8 +522,17 @@ __device__ __forceinline__ void step_through(const Arguments& a, const Shared& s
     auto* v0 = reinterpret_cast<Element*>(element(first));
     auto* v1 = reinterpret_cast<Element*>(element(first + 8));
     const float beta = record.beta[t], read_scale = a.l2norm ? key : 1.F;
-    const float u0 = key * beta * (static_cast<float>(*v0) - read_scale * read0);
-    const float u1 = key * beta * (static_cast<float>(*v1) - read_scale * read1);
+    const float given0 = values ? static_cast<float>(*v0) : 0.F, given1 = values ? static_cast<float>(*v1) : 0.F;
+    const float u0 = key * beta * (given0 - read_scale * read0), u1 = key * beta * (given1 - read_scale * read1);
+    if (!full) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const float2 k = channels(s.k[at], j);
+        S[4 * j] = fmaf(k.x, u0, S[4 * j]), S[4 * j + 1] = fmaf(k.y, u0, S[4 * j + 1]);
+        S[4 * j + 2] = fmaf(k.x, u1, S[4 * j + 2]), S[4 * j + 3] = fmaf(k.y, u1, S[4 * j + 3]);
+      }
+      continue;
+    }
     float o0 = 0.F, o1 = 0.F;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
@@ -395,7 +561,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
     v_offset = row * 128 + ((unit ^ (row & 7)) << 4);
   }
   device::keep(tid), device::keep(lane), device::keep(column), device::keep(v_offset);
-  ItemReader items;
+  WorkReader works;
   Place<kStages> stage;
   Place<kValueStages> v_stage;
   float S[64], U[32], O[32];
@@ -404,8 +570,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
   for (int i = 0; i < 16; ++i) O16[i] = 0;
   // The output of the chunk before, on its way out; it may be another item's. After a hard chunk it is in its tile already.
   bool pending = false, placed = false;
-  int before = kValueStages - 1, o_head = 0, o_token = 0, o_row = 0;
-  const CUtensorMap* o_map = map_o;
+  int before = kValueStages - 1;
   const auto put_o = [&] {
     const uint32_t to = device::shared_address(s.v[before][w]) + v_offset;
 #pragma unroll
@@ -414,28 +579,54 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
   const auto send_o = [&] {
     device::fence_shared_to_async();
     device::named_sync(kConsumerBarrier + w, 128);
-    device::store_box_if(tid == 0 && pending, o_map, s.v[before][w], w * kTile, o_head, o_token, o_row);
+    const Output& to = s.output[w];
+    device::store_box_if(tid == 0 && pending, to.map, s.v[before][w], w * kTile, to.head, to.token, to.row);
+  };
+  // The chunk just done is the one to be sent: thread 0 reads what it writes here.
+  const auto note_output = [&](const Work& work, int chunk) {
+    if (tid != 0) return;
+    const bool tail = a.bounded_maps != nullptr && (chunk + 1) * kChunk > work.length;
+    s.output[w] = {tail ? bounded(a, work.item.sequence, kMapO) : map_o, work.item.head, work.token + chunk * kChunk, work.row};
+  };
+  const auto load_factors = [&](float2(&to)[8], const float* from) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[j] = device::load_shared_pair(from + 8 * j + column);
+  };
+  const auto load_values = [&](uint32_t(&to)[16]) {
+    const uint32_t from = device::shared_address(s.v[v_stage.at][w]) + v_offset;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) device::load_matrices_transposed(to + 4 * i, from + i * 2048);
   };
   if (w == 1) device::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
-  for (Item item = items.next(s); item.chunks >= 0; item = items.next(s)) {
-    const bool has_tail = a.bounded_maps != nullptr && item.length % kChunk != 0;
-    if (has_tail && tid == 0) device::acquire_map(bounded(a, item.sequence, kMapO));
-    load_state(S, a.initial_state, item.sequence * a.initial_state.sequence + item.head * a.initial_state.head, first_row, lane);
+  for (;; works.done(s)) {
+    const Work& work = works.next(s);
+    const Item& item = work.item;
+    const int chunks = item.chunks;
+    if (chunks < 0) break;
+    if (item.scan_steps > 0) {
+      segment::scan_boundaries(a.plan, s.scan, item, kScanBarrier, w * 128 + tid);
+      continue;
+    }
+    if (a.bounded_maps != nullptr && work.ragged() && tid == 0) device::acquire_map(bounded(a, item.sequence, kMapO));
+    begin_item(a, item, S, w, first_row, tid, lane);
 #pragma unroll
     for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-    if (item.chunks > 0) {
-      device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+    const bool values = work.values();
+    const auto wait_for_chunk = [&] {
+      if (values) device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
       device::barrier_wait(s.made[stage.at], stage.parity);
-    }
+    };
+    if (chunks > 0) wait_for_chunk();
 #pragma unroll 1
-    for (int c = 0; c < item.chunks; ++c) {
+    for (int c = 0; c < chunks; ++c) {
       const int at = stage.at;
       const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
       const float decay = s.decay[at];
-      if (a.saved_states.data != nullptr && c % a.checkpoint_chunks == 0) {
-        const std::int64_t slot = (static_cast<std::int64_t>(item.row) * a.sequences.T + item.token) / (kChunk * a.checkpoint_chunks) +
-                                  item.sequence + c / a.checkpoint_chunks;
+      const bool full = work.full(c);
+      if (a.saved_states.data != nullptr && full && (item.first + c) % a.checkpoint_chunks == 0) {
+        const std::int64_t slot = (static_cast<std::int64_t>(work.row) * a.sequences.T + work.token) / (kChunk * a.checkpoint_chunks) +
+                                  item.sequence + (item.first + c) / a.checkpoint_chunks;
         store_state(S, a.saved_states, slot * a.saved_states.sequence + item.head * a.saved_states.head, first_row, lane);
       }
       if (s.t[at].tail.hard != 0) {
@@ -443,21 +634,67 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
         device::named_arrive(kTurnBarrier + 1 - w, 256);
         if (pending && !placed) put_o();
         send_o();
-        step_through<Type>(a, s, S, at, s.v[v_stage.at][w], warp, lane);
+        step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
         device::wait_stores_read();
         device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
-        pending = placed = true, before = v_stage.at, o_head = item.head, o_token = item.token + c * kChunk, o_row = item.row;
-        o_map = has_tail && c == item.chunks - 1 ? bounded(a, item.sequence, kMapO) : map_o;
+        if (!full) {
+          device::named_sync(kConsumerBarrier + w, 128);
+          device::barrier_arrive_if(s.v_released[v_stage.at], tid == 0 && values);
+        }
+        pending = placed = full, before = v_stage.at;
+        note_output(work, item.first + c);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
         __syncwarp();
         device::barrier_arrive_if(s.released[at], lane == 0);
         stage.next();
-        v_stage.next();
-        if (c + 1 < item.chunks) {
-          device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
-          device::barrier_wait(s.made[stage.at], stage.parity);
+        if (values) v_stage.next();
+        if (c + 1 < chunks) wait_for_chunk();
+        continue;
+      }
+      if (!full) {  // the state alone; a branch further down would cross products in flight, which ptxas then serialises
+        device::named_sync(kTurnBarrier + w, 256);
+        device::wgmma_fence();
+        multiply_tile<Type>(U, S16, k);
+        device::wgmma_commit();
+        if (pending && !placed) put_o();
+        device::wgmma_wait<1>();
+        device::hold(S);
+#pragma unroll
+        for (int i = 0; i < 64; ++i) S[i] *= decay;
+        device::hold(S);
+        uint32_t V16[16], X16[16];
+        load_values(V16);
+        if (!values) {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) V16[i] = 0;
         }
+        float2 factor[8], beta[8];
+        load_factors(factor, s.read[at]), load_factors(beta, s.t[at].tail.beta);
+        send_o();
+        device::wgmma_wait<0>();
+        device::hold(U);
+        solve_for<Type>(X16, U, V16, factor, beta);
+        device::wgmma_fence();
+        multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
+        device::wgmma_commit();
+        device::named_arrive(kTurnBarrier + 1 - w, 256);
+        load_factors(factor, s.write[at]);
+        device::wait_stores_read();
+        device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
+        device::barrier_arrive_if(s.v_released[v_stage.at], tid == 0 && values);  // in send_o all of the consumer had read them
+        pending = placed = false;
+        device::wgmma_wait<0>();
+        device::hold(U);
+        write_state<Type>(S, U, factor, s.k[at][0]);
+        stage.next();
+        if (values) v_stage.next();
+        if (c + 1 < chunks) wait_for_chunk();
+        device::wgmma_wait<0>();
+        device::hold(S);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+        device::barrier_arrive_if(s.released[at], lane == 0);
         continue;
       }
       device::named_sync(kTurnBarrier + w, 256);
@@ -471,52 +708,25 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
 #pragma unroll
       for (int i = 0; i < 64; ++i) S[i] *= decay;
       device::hold(S);
-      uint32_t V16[16];
-      {
-        const uint32_t from = device::shared_address(s.v[v_stage.at][w]) + v_offset;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) device::load_matrices_transposed(V16 + 4 * i, from + i * 2048);
-      }
+      uint32_t V16[16], X16[16];
+      load_values(V16);
       float2 factor[8], beta[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        factor[j] = device::load_shared_pair(s.read[at] + 8 * j + column), beta[j] = device::load_shared_pair(s.t[at].tail.beta + 8 * j + column);
-      }
+      load_factors(factor, s.read[at]), load_factors(beta, s.t[at].tail.beta);
       send_o();
       device::wgmma_wait<0>();
       device::hold(U);
-      uint32_t X16[16];  // X^T = beta (v - gam k S)^T
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 v0 = device::unpack<Type>(V16[2 * j]), v1 = device::unpack<Type>(V16[2 * j + 1]);
-        X16[2 * j] = pack<Type>(fmaf(U[4 * j], factor[j].x, v0.x * beta[j].x), fmaf(U[4 * j + 1], factor[j].y, v0.y * beta[j].y));
-        X16[2 * j + 1] = pack<Type>(fmaf(U[4 * j + 2], factor[j].x, v1.x * beta[j].x), fmaf(U[4 * j + 3], factor[j].y, v1.y * beta[j].y));
-      }
+      solve_for<Type>(X16, U, V16, factor, beta);
       device::wgmma_fence();
       multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
       device::wgmma_commit();
       multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
       device::wgmma_commit();
       device::named_arrive(kTurnBarrier + 1 - w, 256);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) factor[j] = device::load_shared_pair(s.write[at] + 8 * j + column);
+      load_factors(factor, s.write[at]);
       device::wgmma_wait<1>();
       device::hold(U);
-      uint32_t U16[16];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        U16[2 * j] = pack<Type>(U[4 * j] * factor[j].x, U[4 * j + 1] * factor[j].y);
-        U16[2 * j + 1] = pack<Type>(U[4 * j + 2] * factor[j].x, U[4 * j + 3] * factor[j].y);
-      }
-      const uint64_t k_columns = device::describe_columns_128(s.k[at][0], kChunk * 128);
-      device::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {  // S^T = decay S^T + (exp(c_last - c) U)^T k
-        device::wgmma_rs_n128_columns<Type>(S, U16 + 4 * step, device::advance(k_columns, step * 2048));
-      }
-      device::wgmma_commit();
-#pragma unroll
-      for (int j = 0; j < 8; ++j) factor[j] = device::load_shared_pair(s.out[at] + 8 * j + column);
+      write_state<Type>(S, U, factor, s.k[at][0]);
+      load_factors(factor, s.out[at]);
       device::wgmma_wait<1>();
       device::hold(O);
       device::hold(U);
@@ -532,14 +742,11 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
       device::wgmma_commit();
       device::wait_stores_read();
       device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
-      pending = true, placed = false, before = v_stage.at, o_head = item.head, o_token = item.token + c * kChunk, o_row = item.row;
-      o_map = has_tail && c == item.chunks - 1 ? bounded(a, item.sequence, kMapO) : map_o;
+      pending = true, placed = false, before = v_stage.at;
+      note_output(work, item.first + c);
       stage.next();
       v_stage.next();
-      if (c + 1 < item.chunks) {
-        device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
-        device::barrier_wait(s.made[stage.at], stage.parity);
-      }
+      if (c + 1 < chunks) wait_for_chunk();
       device::wgmma_wait<1>();
       device::hold(S);
 #pragma unroll
@@ -550,9 +757,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
 #pragma unroll
       for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
     }
-    if (a.final_state.data != nullptr) {
-      store_state(S, a.final_state, item.sequence * a.final_state.sequence + item.head * a.final_state.head, first_row, lane);
-    }
+    end_item(a, item, S, w, first_row, tid, lane);
   }
   if (pending && !placed) put_o();
   send_o();
@@ -577,7 +782,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       device::barrier_init(s.v_loaded[i], 1);
       device::barrier_init(s.v_released[i], 2);
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kWorkRing; ++i) {
       device::barrier_init(s.item_full[i], 1);
       device::barrier_init(s.item_empty[i], 3 * 128 + 1 + kChunk);
     }

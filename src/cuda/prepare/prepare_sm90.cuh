@@ -309,6 +309,19 @@ __device__ __forceinline__ bool make_factors(const Gates& x, const float* key_sc
   return __any_sync(~0U, b0 > kSplitAbove || b1 > kSplitAbove);
 }
 
+// Log of a bound of the chunk's transition: the gates' sum, and log |1 - beta |k|^2| where that is above 0. For lane 31.
+__device__ __forceinline__ float log_norm_bound(const Gates& x, float2 c, const float* norm, bool l2norm, int lane) {
+  const float2 square = l2norm ? make_float2(1.F, 1.F) : reinterpret_cast<const float2*>(norm)[lane];
+  const float most0 = fabsf(1.F - x.b0 * square.x), most1 = fabsf(1.F - x.b1 * square.y);
+  float growth = 0.F;
+  if (__any_sync(~0U, !(most0 <= 1.F && most1 <= 1.F))) {
+    growth = (most0 <= 1.F ? 0.F : logf(most0)) + (most1 <= 1.F ? 0.F : logf(most1));
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) growth += __shfl_xor_sync(~0U, growth, o);
+  }
+  return c.y + growth;
+}
+
 // Block (i, j) of T into the record: x is rows 0-7 of columns 0-7 (2 numbers a lane), rows 8-15 of columns 0-7, then both of columns
 // 8-15. `at`: address of this lane's row of block (0, 0).
 template <Operand Type>
@@ -696,6 +709,10 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       }
       reinterpret_cast<float2*>(tail.beta)[lane] = beta;
       if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
+      if (a.bounds != nullptr) {
+        const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
+        if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * a.slots + here.slot] = bound;
+      }
       const float2 squares = split ? invert<Type, true>(s, s.factors[warp], decay, record_row, lane)
                                    : invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
       const bool hard = is_hard<Type>(squares, s.factors[warp], here.rows, scale, tail, lane);

@@ -1,0 +1,34 @@
+// Constants of the plan of segments, each with its reason. Costs are in units of one full chunk of the loop.
+#pragma once
+
+namespace flashdelta::cuda::segment {
+
+constexpr int kThreads = 512;
+
+// Longest warm-up: beyond it a boundary counts as exact. Eight chunks of state-only work cost about what a transition and a local state
+// of a short segment cost.
+constexpr int kMostWarmUp = 8;
+
+// A chunk that only moves the state on, against a full one: it lacks q S, P U, q k^T and the output.
+constexpr float kStateOnly = 0.6F;
+// Beginning and ending an item: reading a state, filling the pipeline, writing a state.
+constexpr float kItem = 2.F;
+// One step of the scan.
+constexpr float kScanStep = 0.5F;
+
+// Shortest piece worth a cut, in chunks.
+constexpr int kShortest = 2;
+// Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.
+constexpr float kNeverCut = 1.F / 3;
+// A plan must promise to save this share of the time, since it costs a launch.
+constexpr float kWorthIt = 0.97F;
+
+// batch_invariant: chunks between its fixed cuts.
+constexpr int kFixedChunks = 64;
+
+// Pairs that a plan may cut, by kNeverCut fewer than three times the multiprocessors; and boundaries, each of 128 KB of workspace.
+constexpr int kMostListed = 512;
+constexpr int kMostBoundaries = 288;
+constexpr int kMostSegments = 64;  // of one pair, where the plan chooses
+
+}  // namespace flashdelta::cuda::segment

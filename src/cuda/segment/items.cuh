@@ -1,0 +1,53 @@
+// What the plan of segments hands to the chunk loop: a list of work items, and where states at segment boundaries lie. Both kernels and
+// the host read it here. docs/context_parallel.md tells the whole.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/layout.cuh"
+
+namespace flashdelta::cuda {
+
+// Where an item's state comes from and where it goes.
+enum class From : std::int32_t { start, zero, identity, boundary };         // start: the sequence's initial state
+enum class To : std::int32_t { nowhere, final_state, boundary, transition };
+
+// One value head of one sequence over chunks [first, first + chunks). The first `warm` of them only move the state on: they warm it up, or
+// make a segment's local state or its transition (from the identity, without values).
+// scan_steps > 0: no chunks, but columns [16 * first, + 16) of the states at the boundaries after from_boundary, one after another.
+struct Item {
+  std::int32_t sequence, head, first, warm, chunks;
+  From from;
+  std::int32_t from_boundary;
+  To to;
+  std::int32_t to_boundary;
+  std::int32_t scan_steps;
+  std::int32_t more;       // the item to go on with, or -1
+  std::int32_t from_scan;  // from_boundary's state is of the scan's making, not of one item's
+};
+static_assert(sizeof(Item) == 48);
+
+constexpr int kScanColumns = 16;  // of a scan item
+constexpr int kScanBlocks = kHead / kScanColumns;
+// Arrivals that complete a boundary: both consumers of the one item that ends there, or of the transition and the local state.
+constexpr int kArrivalsWhole = 2, kArrivalsParts = 4;
+
+// A plan in the workspace. Tickets below `tickets` are items; those from there on are (sequence, head) pairs in order, of which the ones
+// of more than `longest_whole` chunks are in the items already.
+struct PlanHeader {
+  std::int32_t tickets, longest_whole;
+};
+
+struct Plan {
+  PlanHeader* header;  // null: no plan, all tickets are pairs
+  Item* items;
+  std::int32_t* arrived;   // per boundary
+  std::int32_t* scanned;   // per boundary: column blocks of its state that the scan has done
+  std::int32_t* warm;      // per boundary: chunks of warm-up that reach its state; 0: none are enough
+  float* states;           // per boundary: [128][128]; the local state first where the scan makes it whole
+  float* transitions;      // per boundary: [128][128], of the segment that ends there
+  std::int32_t* initial_read;  // per pair, where final_state overwrites initial_state: 2 once the initial state has been read; else null
+};
+
+}  // namespace flashdelta::cuda

@@ -1,0 +1,38 @@
+#include <algorithm>
+
+#include "cuda/segment/plan_sm90.cuh"
+
+namespace flashdelta::cuda::segment {
+
+Room room_of(std::int64_t pairs, std::int64_t chunk_numbers, std::int64_t heads, Mode mode, bool fixed, int forced) {
+  if (mode == Mode::off) return {0, 0};
+  // A boundary has chunks of its pair on both sides.
+  const std::int64_t most = chunk_numbers * heads;
+  Room room;
+  if (forced > 0) {
+    room.boundaries = std::min(pairs * (forced - 1), most);
+  } else if (fixed) {
+    room.boundaries = chunk_numbers / kFixedChunks * heads;
+  } else {
+    room.boundaries = std::min<std::int64_t>(kMostBoundaries, most / kShortest);
+  }
+  const std::int64_t listed = forced > 0 || fixed ? pairs : std::min<std::int64_t>(kMostListed, pairs);
+  // By kind: firsts, transitions and local states, scans of two boundaries or more, dependents; pieces of the line and what goes on in them.
+  room.items = listed + room.boundaries * (1 + 2 + kScanBlocks / 2 + 1) + kThreads + listed + 1;
+  return room;
+}
+
+cudaError_t launch(const Arguments& arguments, cudaStream_t stream) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, plan_kernel, arguments);
+}
+
+}  // namespace flashdelta::cuda::segment

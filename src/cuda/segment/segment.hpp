@@ -1,0 +1,36 @@
+// Host face of the plan of segments.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/segment/items.cuh"
+
+namespace flashdelta::cuda::segment {
+
+enum class Mode : std::int32_t { off, automatic, exact };
+
+struct Arguments {
+  Sequences sequences;
+  int HV, slots, multiprocessors;
+  Mode mode;
+  bool fixed;             // batch_invariant
+  int forced;             // segments of every pair; 0: planned
+  int most_boundaries;    // what the workspace holds
+  float enough;           // log of the tolerance
+  const float* bounds;    // [HV][slots], log norm of each chunk's transition at most
+  Plan plan;
+  std::int32_t* counts;   // null, or where the caller wants the figures: segments, warm-ups, exact boundaries, chunks of warm-up
+};
+
+// Room that the plan of a call may need, from shapes alone.
+struct Room {
+  std::int64_t items = 0, boundaries = 0;
+};
+Room room_of(std::int64_t pairs, std::int64_t chunk_numbers, std::int64_t heads, Mode mode, bool fixed, int forced);
+
+cudaError_t launch(const Arguments& arguments, cudaStream_t stream);
+
+}  // namespace flashdelta::cuda::segment
