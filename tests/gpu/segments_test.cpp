@@ -16,6 +16,7 @@
 #include "gpu/device_call.hpp"
 #include "gpu/graph.hpp"
 #include "gpu/long_call.hpp"
+#include "gpu/occupied.hpp"
 #include "support/contract.hpp"
 
 namespace flashdelta::testing {
@@ -51,6 +52,32 @@ TEST_F(CudaSegmentBits, AreTheSameFromRunToRun) {
       for (int i = 0; i < 3; ++i) {
         ASSERT_NO_FATAL_FAILURE(call.run());
         first.expect_same_bits(call, "run " + std::to_string(i + 2) + ", " + text(cut));
+      }
+    }
+  }
+}
+
+// The segment that writes the final state may end before another has begun to read the initial one.
+TEST_F(CudaSegmentBits, AreTheSameInPlace) {
+  LongCase two_chunks{.name = "TwoChunks", .gates = Gates::minus_5};
+  for (int n = 0; n <= 150; ++n) two_chunks.cu_seqlens.push_back(128 * n);
+  two_chunks.T = two_chunks.cu_seqlens.back();
+  const LongCase cases[] = {two_chunks,
+                            {.name = "Heads", .T = 8192, .H = 2, .HV = 8, .gates = Gates::minus_5},
+                            {.name = "Turns", .T = 6000, .gates = Gates::turns, .v_first = true},
+                            {.name = "Gate0", .T = 6000, .gates = Gates::zero, .state = DType::bf16},
+                            {.name = "Pack", .T = 9000, .cu_seqlens = {0, 1, 65, 65, 6000, 8900}}};
+  for (LongCase c : cases) {
+    LongCall apart(c);
+    c.in_place = true;
+    LongCall in_place(c);
+    for (const Cut& cut : kCuts) {
+      apart.set_cut(cut), in_place.set_cut(cut);
+      ASSERT_NO_FATAL_FAILURE(apart.run()) << c << ' ' << text(cut);
+      const Results expected(apart);
+      for (int i = 0; i < 5; ++i) {
+        ASSERT_NO_FATAL_FAILURE(in_place.run());
+        expected.expect_same_bits(in_place, "in place, " + text(cut));
       }
     }
   }
@@ -236,17 +263,48 @@ TEST_F(CudaSegmentBits, OfReplayedGraphsWithoutPacksAreThoseOfFreshCalls) {
 
 // --- streams
 
-// A call whose segments wait for one another for ever would hang the program: better that it says so and ends.
-void wait_or_abort(const Stream& stream, const std::string& what) {
+bool ends_within(const Stream& stream, std::chrono::seconds limit) {
   const auto start = std::chrono::steady_clock::now();
   for (;;) {
     const cudaError_t state = cudaStreamQuery(stream.get());
-    if (state != cudaErrorNotReady) return check_cuda(state, what.c_str());
-    if (std::chrono::steady_clock::now() - start > std::chrono::seconds(60)) {
-      std::fprintf(stderr, "%s: did not end within a minute\n", what.c_str());
-      std::abort();
+    if (state != cudaErrorNotReady) {
+      check_cuda(state, "running a call");
+      return true;
     }
+    if (std::chrono::steady_clock::now() - start > limit) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+// A call whose segments wait for one another for ever would hang the program: better that it says so and ends.
+void wait_or_abort(const Stream& stream, const std::string& what) {
+  if (ends_within(stream, std::chrono::seconds(60))) return;
+  std::fprintf(stderr, "%s: did not end within a minute\n", what.c_str());
+  std::abort();
+}
+
+// Segments wait for others, of the same call: these must come to run however few multiprocessors there are.
+TEST_F(CudaSegmentBits, AreTheSameOnFewMultiprocessors) {
+  const LongCase cases[] = {{.name = "Gate0", .T = 8192, .gates = Gates::zero},
+                            {.name = "Heads", .T = 8192, .H = 2, .HV = 8},
+                            {.name = "Turns", .T = 9000, .cu_seqlens = {0, 5000, 5001, 9000}, .gates = Gates::turns, .in_place = true}};
+  for (const LongCase& c : cases) {
+    LongCall call(c);
+    for (const Cut& cut : {Cut{kAuto}, Cut{kExact}, Cut{kExact, 64}, Cut{kAuto, 16}, Cut{kAuto, 0, true}}) {
+      call.set_cut(cut);
+      ASSERT_NO_FATAL_FAILURE(call.run());
+      const Results expected(call);
+      for (const int left : {1, 2, 7}) {
+        call.poison();
+        const Stream stream;
+        Occupied machine(left);
+        ASSERT_EQ(call.launch(stream.get()), "");
+        EXPECT_TRUE(ends_within(stream, std::chrono::seconds(20))) << c << ", " << left << " multiprocessors, " << text(cut);
+        machine.release();
+        wait_or_abort(stream, "a call on the whole machine, " + text(cut));
+        expected.expect_same_bits(call, std::to_string(left) + " multiprocessors, " + text(cut));
+      }
+    }
   }
 }
 
