@@ -110,7 +110,10 @@ Scalars scalars(const op::Tensor& t) {
 
 States states(const op::Tensor& t) {
   if (t.data == nullptr) return {};
-  return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2], t.stride[3]};
+  const StateRows rows = t.stride[2] == kHead && t.stride[3] == 1   ? StateRows::k
+                         : t.stride[3] == kHead && t.stride[2] == 1 ? StateRows::v
+                                                                    : StateRows::other;
+  return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2], t.stride[3], rows};
 }
 
 // Bytes of one head's state where it lies in one piece that bulk copies take, else 0.
@@ -237,7 +240,7 @@ void chunk_forward(const Problem& p) {
     plan.items = reinterpret_cast<Item*>(base + layout.items);
     plan.arrived = at(layout.arrived), plan.scanned = at(layout.scanned), plan.warm = at(layout.warm);
     plan.states = reinterpret_cast<float*>(base + layout.states);
-    plan.transitions = reinterpret_cast<float*>(base + layout.transitions);
+    plan.transitions = reinterpret_cast<std::uint32_t*>(base + layout.transitions);
     plan.initial_read = mode != segment::Mode::off && overlap(p.initial_state, p.final_state) ? at(layout.initial_read) : nullptr;
   }
   if (plan.header != nullptr) {

@@ -86,11 +86,13 @@ struct Scalars {
 };
 
 // A state tensor [N, HV, K, V], or the saved states, of any strides.
+enum class StateRows : std::int32_t { other, k, v };  // dense [K][V], dense [V][K], or any strides
 struct States {
   void* data;  // null: absent
   device::Type type;
   std::int64_t sequence, head;  // strides in elements
   std::int64_t k, v;
+  StateRows rows;
 };
 
 }  // namespace flashdelta::cuda

@@ -29,17 +29,14 @@ Encode find_encode() {
 CUtensorMap make_tensor_map(const op::Tensor& tensor, const char* name) {
   static const Encode encode = find_encode();
   const auto bytes = op::size_of(tensor.dtype);
-  const cuuint64_t sizes[4] = {kHead, static_cast<cuuint64_t>(tensor.shape[2]), static_cast<cuuint64_t>(tensor.shape[1]),
-                               static_cast<cuuint64_t>(tensor.shape[0])};
-  cuuint64_t strides[3];
-  for (int axis = 0; axis < 3; ++axis) {
-    // The stride of an axis of one place is never used, and may be anything.
-    const auto stride = tensor.stride[2 - axis] * bytes;
-    strides[axis] = tensor.shape[2 - axis] == 1 ? kHead * static_cast<cuuint64_t>(bytes) : static_cast<cuuint64_t>(stride);
-  }
-  const cuuint32_t box[4] = {kTile, 1, kChunk, 1}, steps[4] = {1, 1, 1, 1};
+  // The stride of an axis of one place is never used, and may be anything.
+  const auto stride = [&](int axis) { return static_cast<cuuint64_t>((tensor.shape[axis] == 1 ? kHead : tensor.stride[axis]) * bytes); };
+  const auto size = [&](int axis) { return static_cast<cuuint64_t>(tensor.shape[axis]); };
+  const cuuint64_t sizes[5] = {kTile, size(1), kHead / kTile, size(2), size(0)};
+  const cuuint64_t strides[4] = {stride(1), static_cast<cuuint64_t>(kTile * bytes), stride(2), stride(0)};
+  const cuuint32_t box[5] = {kTile, kChunk, kHead / kTile, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encode(&map, tensor.dtype == op::DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+  const CUresult result = encode(&map, tensor.dtype == op::DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
                                  tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {

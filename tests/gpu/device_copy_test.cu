@@ -155,8 +155,14 @@ TEST_F(CudaCopies, BytesGoToSharedMemoryAndBack) {
 
 // --- boxes
 
+// Two tiles of 64 channels, one behind the other.
+constexpr int kBoxBytes = 2 * kTileBytes;
+int in_box(int token, std::int64_t channel) {
+  return static_cast<int>(channel / 64) * kTileBytes + in_tile(token, static_cast<int>(channel % 64));
+}
+
 struct Box {
-  int channel, head, token, row;
+  int head, token, row;
 };
 
 __device__ void load_one(unsigned char* tile, Barrier& full, const CUtensorMap* map, Box at) {
@@ -166,30 +172,30 @@ __device__ void load_one(unsigned char* tile, Barrier& full, const CUtensorMap* 
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    device::barrier_arrive_expect(full, kTileBytes);
-    device::load_box(tile, map, full, at.channel, at.head, at.token, at.row);
+    device::barrier_arrive_expect(full, kBoxBytes);
+    device::load_box(tile, map, full, at.head, at.token, at.row);
   }
   device::barrier_wait(full, 0);
 }
 
 __device__ void store_one(const unsigned char* from, const CUtensorMap* map, Box at, bool condition, unsigned char* tile) {
-  for (int i = threadIdx.x; i < kTileBytes; i += kThreads) tile[i] = from[i];
+  for (int i = threadIdx.x; i < kBoxBytes; i += kThreads) tile[i] = from[i];
   device::fence_shared_to_async();
   __syncthreads();
-  device::store_box_if(threadIdx.x == 0 && condition, map, tile, at.channel, at.head, at.token, at.row);
+  if (threadIdx.x == 0 && condition) device::store_box(map, tile, at.head, at.token, at.row);
   if (threadIdx.x == 0) device::wait_stores_done();
 }
 
 __global__ void read_box(const __grid_constant__ CUtensorMap map, Box at, unsigned char* found) {
-  __shared__ alignas(1024) unsigned char tile[kTileBytes];
+  __shared__ alignas(1024) unsigned char tile[kBoxBytes];
   __shared__ Barrier full;
   if (threadIdx.x == 0) device::prefetch_map(&map);
   load_one(tile, full, &map, at);
-  for (int i = threadIdx.x; i < kTileBytes; i += kThreads) found[i] = tile[i];
+  for (int i = threadIdx.x; i < kBoxBytes; i += kThreads) found[i] = tile[i];
 }
 
 __global__ void write_box(const __grid_constant__ CUtensorMap map, Box at, bool condition, const unsigned char* from) {
-  __shared__ alignas(1024) unsigned char tile[kTileBytes];
+  __shared__ alignas(1024) unsigned char tile[kBoxBytes];
   store_one(from, &map, at, condition, tile);
 }
 
@@ -200,15 +206,15 @@ __global__ void bound_map(const __grid_constant__ CUtensorMap map, CUtensorMap* 
 
 // With a map that an earlier kernel has written.
 __global__ void read_box_by(const CUtensorMap* map, Box at, unsigned char* found) {
-  __shared__ alignas(1024) unsigned char tile[kTileBytes];
+  __shared__ alignas(1024) unsigned char tile[kBoxBytes];
   __shared__ Barrier full;
   if (threadIdx.x == 0) device::acquire_map(map);
   load_one(tile, full, map, at);
-  for (int i = threadIdx.x; i < kTileBytes; i += kThreads) found[i] = tile[i];
+  for (int i = threadIdx.x; i < kBoxBytes; i += kThreads) found[i] = tile[i];
 }
 
 __global__ void write_box_by(const CUtensorMap* map, Box at, const unsigned char* from) {
-  __shared__ alignas(1024) unsigned char tile[kTileBytes];
+  __shared__ alignas(1024) unsigned char tile[kBoxBytes];
   if (threadIdx.x == 0) device::acquire_map(map);
   store_one(from, map, at, true, tile);
 }
@@ -236,11 +242,9 @@ class Tiled {
 
   // A tile as a load must leave it, zero from token `end` on.
   [[nodiscard]] std::vector<std::uint8_t> tile(const Box& at, std::int64_t end) const {
-    std::vector<std::uint8_t> bytes(kTileBytes);
+    std::vector<std::uint8_t> bytes(kBoxBytes);
     for (int t = 0; t < 64; ++t) {
-      for (int c = 0; c < 64; ++c) {
-        put(bytes, in_tile(t, c), at.token + t < end ? numbers_[offset(at.row, at.token + t, at.head, at.channel + c)] : 0);
-      }
+      for (int c = 0; c < kChannels; ++c) put(bytes, in_box(t, c), at.token + t < end ? numbers_[offset(at.row, at.token + t, at.head, c)] : 0);
     }
     return bytes;
   }
@@ -248,7 +252,7 @@ class Tiled {
   [[nodiscard]] std::vector<std::uint16_t> after_store(const std::vector<std::uint8_t>& tile, const Box& at, std::int64_t end) const {
     std::vector<std::uint16_t> values = numbers_;
     for (int t = 0; t < 64 && at.token + t < end; ++t) {
-      for (int c = 0; c < 64; ++c) values[offset(at.row, at.token + t, at.head, at.channel + c)] = get(tile, in_tile(t, c));
+      for (int c = 0; c < kChannels; ++c) values[offset(at.row, at.token + t, at.head, c)] = get(tile, in_box(t, c));
     }
     return values;
   }
@@ -267,11 +271,11 @@ class Tiled {
 };
 
 // Inside, across the last token, and at the last token of the last row.
-constexpr Box kBoxes[] = {{0, 0, 0, 0}, {64, 2, 13, 0}, {64, 1, 100, 0}, {0, 2, 128, 1}, {0, 1, 149, 1}};
+constexpr Box kBoxes[] = {{0, 0, 0}, {2, 13, 0}, {1, 100, 0}, {2, 128, 1}, {1, 149, 1}};
 
 std::vector<std::uint8_t> some_tile() {
-  std::vector<std::uint8_t> bytes(kTileBytes);
-  for (int i = 0; i < kTileBytes; ++i) bytes[i] = static_cast<std::uint8_t>(i * 91 + i / 128);
+  std::vector<std::uint8_t> bytes(kBoxBytes);
+  for (int i = 0; i < kBoxBytes; ++i) bytes[i] = static_cast<std::uint8_t>(i * 91 + i / 128);
   return bytes;
 }
 
@@ -279,7 +283,7 @@ TEST_F(CudaCopies, BoxesAreReadSwizzledAndZeroPastTheLastToken) {
   for (const std::int64_t padding : {0, 24}) {
     const Tiled x(padding);
     for (const Box& at : kBoxes) {
-      const Numbers<std::uint8_t> found(kTileBytes);
+      const Numbers<std::uint8_t> found(kBoxBytes);
       read_box<<<1, kThreads>>>(x.map(), at, found.device());
       EXPECT_EQ(found.host(), x.tile(at, kTokens)) << "token " << at.token << ", padding " << padding;
     }
@@ -308,7 +312,7 @@ TEST_F(CudaCopies, BoundedMapsEndWhereTheyAreTold) {
     for (const int end : {1, 14, 64, 101, 149, 150}) {
       for (const Box& at : kBoxes) {
         const Tiled x(padding);
-        const Numbers<std::uint8_t> found(kTileBytes);
+        const Numbers<std::uint8_t> found(kBoxBytes);
         bound_map<<<1, 32>>>(x.map(), bounded.device(), end);
         read_box_by<<<1, kThreads>>>(bounded.device(), at, found.device());
         EXPECT_EQ(found.host(), x.tile(at, end)) << "token " << at.token << ", end " << end;

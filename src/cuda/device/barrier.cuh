@@ -56,6 +56,18 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A count in shared memory, with the order that a barrier has: what was written before it is counted up is seen by who sees the count.
+__device__ __forceinline__ void count_up_if(int& count, bool condition) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p red.release.cta.shared::cta.add.s32 [%0], 1;\n}" ::"r"(shared_address(&count)),
+               "r"(static_cast<int>(condition))
+               : "memory");
+}
+__device__ __forceinline__ int count(const int& count) {
+  int now = 0;
+  asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];" : "=r"(now) : "r"(shared_address(&count)) : "memory");
+  return now;
+}
+
 // Registers per thread of the calling warpgroup from here on.
 template <int N>
 __device__ __forceinline__ void more_registers() {

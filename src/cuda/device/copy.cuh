@@ -15,21 +15,19 @@ constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ULL;
 // Orders this thread's shared-memory writes before later asynchronous copies or wgmma that read them.
 __device__ __forceinline__ void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A box of a (channel, head, token, batch row) tensor into shared memory; `full` counts its bytes.
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int channel, int head, int token, int row) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+// A box of a (channel, token, tile, head, batch row) tensor, from its first channel on, into shared memory; `full` counts its bytes.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int head, int token, int row) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], [%2];" ::"r"(
                    shared_address(to)),
-               "l"(map), "r"(shared_address(&full)), "r"(channel), "r"(head), "r"(token), "r"(row)
+               "l"(map), "r"(shared_address(&full)), "r"(0), "r"(token), "r"(head), "r"(row)
                : "memory");
 }
-// The same backwards, and its own group. Does nothing where `condition` is false.
-__device__ __forceinline__ void store_box_if(bool condition, const CUtensorMap* map, const void* from, int channel, int head, int token,
-                                             int row) {
+// The same backwards, and its own group.
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int head, int token, int row) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-      "@p cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %7;\n"
-      "@p cp.async.bulk.commit_group;\n}" ::"l"(map),
-      "r"(shared_address(from)), "r"(channel), "r"(head), "r"(token), "r"(row), "r"(static_cast<int>(condition)), "l"(kEvictFirst)
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %2, %4, %5}], [%1], %6;\n"
+      "cp.async.bulk.commit_group;" ::"l"(map),
+      "r"(shared_address(from)), "r"(0), "r"(token), "r"(head), "r"(row), "l"(kEvictFirst)
       : "memory");
 }
 // `bytes` (a multiple of 16) as they lie.
@@ -60,7 +58,7 @@ __device__ __forceinline__ void write_bounded_map(CUtensorMap* to, const CUtenso
   scratch[lane] = reinterpret_cast<const std::uint32_t*>(&map)[lane];
   __syncwarp();
   if (lane == 0) {
-    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 2, %1;" ::"r"(shared_address(scratch)), "r"(end)
+    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 1, %1;" ::"r"(shared_address(scratch)), "r"(end)
                  : "memory");
   }
   __syncwarp();

@@ -64,6 +64,14 @@ __device__ __forceinline__ float2 load_shared_pair(const float* p) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p))) : "memory");
   return r;
 }
+__device__ __forceinline__ float4 load_shared_quad(const float4* p) {
+  float4 r;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p)))
+               : "memory");
+  return r;
+}
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&f)[4], std::uint32_t address) {

@@ -12,8 +12,8 @@ constexpr int kValueStages = 4;
 
 // Registers per thread: 208 * 256 + 72 * 128 + 24 * 128 = 65,536. Consumers below 208 make ptxas serialise the products (C7512).
 constexpr int kConsumerRegisters = 208;
-constexpr int kAuxiliaryRegisters = 72;
-constexpr int kProducerRegisters = 24;
+constexpr int kAuxiliaryRegisters = 64;
+constexpr int kProducerRegisters = 32;
 
 // Named barriers (0 is __syncthreads).
 constexpr int kConsumerBarrier = 1;  // and 2: inside a consumer

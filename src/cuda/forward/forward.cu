@@ -1,6 +1,7 @@
 #include "cuda/forward/forward.hpp"
 
 #include <algorithm>
+#include <cstdio>
 
 #include "cuda/forward/forward_sm90.cuh"
 

@@ -32,9 +32,9 @@ struct Work {
   __device__ __forceinline__ bool ragged() const { return length % kChunk != 0; }
 };
 
-// Where a chunk of o goes.
+// Where the chunk of o that a tile of v becomes goes.
 struct Output {
-  const CUtensorMap* map;
+  const CUtensorMap* map;  // null: nowhere
   int head, token, row;
 };
 
@@ -47,18 +47,19 @@ struct alignas(1024) Shared {
   } t[kStages];  // T as the products want it
   alignas(1024) unsigned char p[kStages][kStagedPanelBytes];     // P in the same panels
   // Per token; 1 / |k| and 1 / |q| with the l2-norm only, or else 2^-e for 1 / |k|.
-  float read[kStages][kChunk];   // -beta gam / |k|: what k S is scaled by
+  float4 solve[kStages][kChunk / 2];  // of two tokens: -beta gam / |k|, what k S is scaled by; then beta
   float write[kStages][kChunk];  // exp(c_last - c) / |k|: what U is scaled by on its way into the state
   float out[kStages][kChunk];    // gam * scale / |q|
   float query[kStages][kChunk];  // scale / |q|
   float key[kStages][kChunk];    // 1 / |k|
   float decay[kStages];          // exp(c_last)
   Work work[kWorkRing];
-  Output output[2];  // of each consumer's last chunk, which is on its way out
+  Output output[kValueStages];
   segment::ScanShared scan;
   Barrier loaded[kStages], normed[kStages], made[kStages], released[kStages];
-  Barrier v_loaded[kValueStages], v_released[kValueStages];
+  Barrier v_loaded[kValueStages], v_replaced[kValueStages];  // replaced: by o, or read where there is none
   Barrier item_full[kWorkRing], item_empty[kWorkRing];
+  int scanned, announced;  // steps of scans: written to global memory so far, and made known to other multiprocessors
 };
 static_assert(sizeof(Shared) <= 227 * 1024, "more than a multiprocessor's shared memory");
 
@@ -91,9 +92,10 @@ __device__ __forceinline__ const CUtensorMap* bounded(const Arguments& a, int se
 
 // --- the producer threads: one hands out items and loads keys, queries and records, the other loads values
 
-// The map of a chunk of the sequence: the bounded one where it is a packed sequence's last and not full.
-__device__ __forceinline__ const CUtensorMap* map_of(const Arguments& a, const Work& work, int chunk, const CUtensorMap* whole, MapIndex which) {
-  return a.bounded_maps != nullptr && (chunk + 1) * kChunk > work.length ? bounded(a, work.item.sequence, which) : whole;
+// The chunk of an item that wants bounded maps, being a packed sequence's last and not full, or -1.
+__device__ __forceinline__ int tail_of(const Arguments& a, const Work& work) {
+  const int end = work.item.first + work.item.chunks;
+  return a.bounded_maps != nullptr && end * kChunk > work.length ? work.item.chunks - 1 : -1;
 }
 
 // Hands out work: a plan's items ticket by ticket, then the (sequence, head) pairs that the plan leaves whole.
@@ -141,10 +143,10 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
   Place<kWorkRing> ring;
   Place<kStages> stage;
   Claims claims(a);
-  const int bytes = record_bytes(a.l2norm);
+  const int bytes = record_bytes(a.l2norm), record_step = a.HV * bytes;
   const auto claim = [&] {
     Work& to = s.work[ring.at];
-    device::barrier_wait_long(s.item_empty[ring.at], ring.parity ^ 1);
+    device::barrier_wait(s.item_empty[ring.at], ring.parity ^ 1);
     claims.next(a, to);
     device::barrier_arrive(s.item_full[ring.at]);
     // Its initial state, where that lies in one piece, is in L2 by the time the consumers want it.
@@ -158,7 +160,7 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
   };
   int ahead = -1;  // chunk at which the next item is claimed; -1: now
 #pragma unroll 1
-  for (int at = 0;; at = (at + 1) % kWorkRing) {
+  for (int at = 0, parity = 0;; at = (at + 1) % kWorkRing, parity ^= at == 0 ? 1 : 0) {
     if (ahead < 0) claim();
     const Work& work = s.work[at];
     const int chunks = work.item.chunks;
@@ -167,59 +169,70 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       device::acquire_map(bounded(a, work.item.sequence, kMapQ));
       device::acquire_map(bounded(a, work.item.sequence, kMapK));
     }
-    const int key_head = work.item.head / (a.HV / a.H);
-    const unsigned char* record = a.records + (static_cast<std::int64_t>(work.slot + work.item.first) * a.HV + work.item.head) * bytes;
+    const int key_head = work.item.head / (a.HV / a.H), row = work.row, warm = work.item.warm, first = work.item.first;
+    const int tail = tail_of(a, work);
+    int token = work.token + first * kChunk;
+    const unsigned char* record = a.records + (static_cast<std::int64_t>(work.slot + first) * a.HV + work.item.head) * bytes;
     // Late enough that free multiprocessors take what is left, early enough that the next item's state and tiles are there in time.
     ahead = chunks == 0 ? -1 : max(0, chunks - kClaimAhead);
+    if (work.item.scan_steps > 0) device::barrier_wait(s.item_empty[at], parity);  // others shall have the next scan
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
       if (c == ahead) claim();
       Barrier& loaded = s.loaded[stage.at];
-      const int chunk = work.item.first + c, token = work.token + chunk * kChunk;
-      device::barrier_wait_long(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, (work.full(c) ? 2 : 1) * kChunk * kHead * 2 + bytes);
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        device::load_box(s.k[stage.at][half], map_of(a, work, chunk, map_k, kMapK), loaded, half * kTile, key_head, token, work.row);
-      }
-      if (work.full(c)) {
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          device::load_box(s.q[stage.at][half], map_of(a, work, chunk, map_q, kMapQ), loaded, half * kTile, key_head, token, work.row);
-        }
-      }
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+      device::load_box(s.k[stage.at], c == tail ? bounded(a, work.item.sequence, kMapK) : map_k, loaded, key_head, token, row);
       unsigned char* t = s.t[stage.at].panels;
       device::load_bytes(t, record, panel_offset(1), loaded);
       device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
       device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
-      record += static_cast<std::int64_t>(a.HV) * bytes;
+      if (c >= warm) {
+        device::load_box(s.q[stage.at], c == tail ? bounded(a, work.item.sequence, kMapQ) : map_q, loaded, key_head, token, row);
+      }
+      record += record_step, token += kChunk;
       stage.next();
     }
   }
 }
 
-__device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v) {
+// Values come in and outputs leave through the same tiles: before a tile is loaded again, what it has become is stored.
+__device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v, const CUtensorMap* map_o) {
   WorkReader works;
   Place<kValueStages> stage;
+  const auto store_output = [&] {
+    device::barrier_wait(s.v_replaced[stage.at], stage.parity ^ 1);
+    Output& to = s.output[stage.at];
+    if (to.map == nullptr) return;
+    device::store_box(to.map, s.v[stage.at], to.head, to.token, to.row);
+    to.map = nullptr;
+    device::wait_stores_read();
+  };
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
-    if (work.item.chunks < 0) return;
+    const int chunks = work.item.chunks;
+    if (chunks < 0) break;
     if (!work.values()) continue;
-    if (a.bounded_maps != nullptr && work.ragged()) device::acquire_map(bounded(a, work.item.sequence, kMapV));
+    if (a.bounded_maps != nullptr && work.ragged()) {
+      device::acquire_map(bounded(a, work.item.sequence, kMapV));
+      device::acquire_map(bounded(a, work.item.sequence, kMapO));
+    }
+    const int head = work.item.head, row = work.row, warm = work.item.warm, tail = tail_of(a, work);
+    int token = work.token + work.item.first * kChunk;
 #pragma unroll 1
-    for (int c = 0; c < work.item.chunks; ++c) {
-      const int chunk = work.item.first + c;
-      device::barrier_wait_long(s.v_released[stage.at], stage.parity ^ 1);
+    for (int c = 0; c < chunks; ++c) {
+      store_output();
       device::barrier_arrive_expect(s.v_loaded[stage.at], kChunk * kHead * 2);
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        device::load_box(s.v[stage.at][half], map_of(a, work, chunk, map_v, kMapV), s.v_loaded[stage.at], half * kTile, work.item.head,
-                         work.token + chunk * kChunk, work.row);
-      }
+      device::load_box(s.v[stage.at], c == tail ? bounded(a, work.item.sequence, kMapV) : map_v, s.v_loaded[stage.at], head, token, row);
+      if (c >= warm) s.output[stage.at] = {c == tail ? bounded(a, work.item.sequence, kMapO) : map_o, head, token, row};
+      token += kChunk;
       stage.next();
     }
   }
+#pragma unroll 1
+  for (int i = 0; i < kValueStages; ++i) store_output(), stage.next();
+  device::wait_stores_done();
 }
 
 // --- the factor warps: everything that is per token, one token a thread
@@ -244,19 +257,32 @@ __device__ __forceinline__ float inverse_query_norm(const Shared& s, int stage, 
   return rsqrtf(sum + 1e-6F);
 }
 
+// In the scanning consumers' place: a release to the whole device takes longer than a step.
+__device__ __forceinline__ void announce_steps(const Arguments& a, Shared& s, const Item& item) {
+#pragma unroll 1
+  for (int step = 1; step <= item.scan_steps; ++step) {
+    while (device::count(s.scanned) == s.announced) __nanosleep(20);
+    segment::add_to_count(&a.plan.scanned[item.from_boundary + step]);
+    s.announced = s.announced + 1;
+  }
+}
+
 template <Operand Type>
 __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int token) {
   WorkReader works;
   Place<kStages> stage;
+  Place<kValueStages> v_stage;
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
     const int chunks = work.item.chunks;
     if (chunks < 0) return;
+    if (work.item.scan_steps > 0 && token == 0) announce_steps(a, s, work.item);
+    const bool values = work.values();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
-      device::barrier_wait_long(s.loaded[at], stage.parity);
+      device::barrier_wait(s.loaded[at], stage.parity);
       const RecordTail& record = s.t[at].tail;
       // Keys scaled by 2^-e count as normalised ones whose values are scaled by 2^e; the record's beta has that factor.
       const float key = a.l2norm ? record.norm[token] : exp2f(-static_cast<float>(record.exponent[token]));
@@ -265,10 +291,17 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
       s.key[at][token] = key;
       device::barrier_arrive(s.normed[at]);
       const float c = record.c[token], last = record.c[kChunk - 1], gamma = device::exp2_fast(c);
-      s.read[at][token] = -gamma * (a.l2norm ? key : 1.F) * record.beta[token];
+      const float beta = record.beta[token];
+      auto* solve = reinterpret_cast<float*>(&s.solve[at][token / 2]) + token % 2;
+      solve[0] = -gamma * (a.l2norm ? key : 1.F) * beta, solve[2] = beta;
       s.write[at][token] = device::exp2_fast(last - c) * key;
       s.out[at][token] = gamma * query;
       if (token == 0) s.decay[at] = device::exp2_fast(last);
+      // So that the consumers have one barrier to wait for.
+      if (values) {
+        device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+        v_stage.next();
+      }
       device::barrier_arrive(s.made[at]);
       stage.next();
     }
@@ -360,41 +393,86 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
 __device__ __forceinline__ int state_k(int i, int lane) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; }
 __device__ __forceinline__ int state_v(int i, int first_row, int lane) { return first_row + lane / 4 + i / 2 % 2 * 8; }
 
+// Register i's place from that of register 0, in a state whose rows are k (values next to one another) or v.
+template <StateRows Rows>
+__host__ __device__ constexpr int state_offset(int i) {
+  const int k = i / 4 * 8 + i % 2, v = i / 2 % 2 * 8;
+  return Rows == StateRows::k ? k * kHead + v : v * kHead + k;
+}
+
+// Reads and writes with offsets known here: all are in flight at once.
+template <class E, StateRows Rows>
+__device__ __forceinline__ void load_rows(float (&S)[64], const void* data, std::int64_t offset, int first_row, int lane) {
+  const int k = state_k(0, lane), v = state_v(0, first_row, lane);
+  const E* from = static_cast<const E*>(data) + offset + (Rows == StateRows::k ? k * kHead + v : v * kHead + k);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) S[i] = static_cast<float>(from[state_offset<Rows>(i)]);
+}
+template <class E, StateRows Rows>
+__device__ __forceinline__ void store_rows(const float (&S)[64], void* data, std::int64_t offset, int first_row, int lane) {
+  const int k = state_k(0, lane), v = state_v(0, first_row, lane);
+  E* to = static_cast<E*>(data) + offset + (Rows == StateRows::k ? k * kHead + v : v * kHead + k);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) to[state_offset<Rows>(i)] = static_cast<E>(S[i]);
+}
+
 __device__ __forceinline__ void load_state(float (&S)[64], const States& from, std::int64_t offset, int first_row, int lane) {
   if (from.data == nullptr) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) S[i] = 0.F;
     return;
   }
-  const auto fill = [&](auto read) {  // past L1, which does not see what other multiprocessors write
+  switch (from.rows) {
+    case StateRows::k:
+      if (from.type == device::Type::f32) return load_rows<float, StateRows::k>(S, from.data, offset, first_row, lane);
+      if (from.type == device::Type::bf16) return load_rows<__nv_bfloat16, StateRows::k>(S, from.data, offset, first_row, lane);
+      return load_rows<__half, StateRows::k>(S, from.data, offset, first_row, lane);
+    case StateRows::v:
+      if (from.type == device::Type::f32) return load_rows<float, StateRows::v>(S, from.data, offset, first_row, lane);
+      if (from.type == device::Type::bf16) return load_rows<__nv_bfloat16, StateRows::v>(S, from.data, offset, first_row, lane);
+      return load_rows<__half, StateRows::v>(S, from.data, offset, first_row, lane);
+    default:
 #pragma unroll
-    for (int i = 0; i < 64; ++i) S[i] = read(offset + state_k(i, lane) * from.k + state_v(i, first_row, lane) * from.v);
-  };
-  if (from.type == device::Type::f32) {
-    fill([&](std::int64_t at) { return __ldcg(static_cast<const float*>(from.data) + at); });
-  } else if (from.type == device::Type::bf16) {
-    fill([&](std::int64_t at) { return __bfloat162float(__ldcg(static_cast<const __nv_bfloat16*>(from.data) + at)); });
-  } else {
-    fill([&](std::int64_t at) { return __half2float(__ldcg(static_cast<const __half*>(from.data) + at)); });
+      for (int i = 0; i < 64; ++i) {
+        S[i] = device::load_element(from.data, from.type, offset + state_k(i, lane) * from.k + state_v(i, first_row, lane) * from.v);
+      }
   }
 }
 
 __device__ __forceinline__ void store_state(const float (&S)[64], const States& to, std::int64_t offset, int first_row, int lane) {
-  const auto spill = [&](auto write) {
+  switch (to.rows) {
+    case StateRows::k:
+      if (to.type == device::Type::f32) return store_rows<float, StateRows::k>(S, to.data, offset, first_row, lane);
+      if (to.type == device::Type::bf16) return store_rows<__nv_bfloat16, StateRows::k>(S, to.data, offset, first_row, lane);
+      return store_rows<__half, StateRows::k>(S, to.data, offset, first_row, lane);
+    case StateRows::v:
+      if (to.type == device::Type::f32) return store_rows<float, StateRows::v>(S, to.data, offset, first_row, lane);
+      if (to.type == device::Type::bf16) return store_rows<__nv_bfloat16, StateRows::v>(S, to.data, offset, first_row, lane);
+      return store_rows<__half, StateRows::v>(S, to.data, offset, first_row, lane);
+    default:
 #pragma unroll
-    for (int i = 0; i < 64; ++i) write(offset + state_k(i, lane) * to.k + state_v(i, first_row, lane) * to.v, S[i]);
-  };
-  if (to.type == device::Type::f32) {
-    spill([&](std::int64_t at, float x) { static_cast<float*>(to.data)[at] = x; });
-  } else if (to.type == device::Type::bf16) {
-    spill([&](std::int64_t at, float x) { static_cast<__nv_bfloat16*>(to.data)[at] = __float2bfloat16(x); });
-  } else {
-    spill([&](std::int64_t at, float x) { static_cast<__half*>(to.data)[at] = __float2half(x); });
+      for (int i = 0; i < 64; ++i) {
+        device::store_element(to.data, to.type, offset + state_k(i, lane) * to.k + state_v(i, first_row, lane) * to.v, S[i]);
+      }
+  }
+}
+
+// A transition as the scan wants it (segment/scan_sm90.cuh): rows k; v and v + 8 of a column block share a register.
+__device__ __forceinline__ void store_transition(const float (&S)[64], uint32_t* to, int first_row, int lane) {
+  to += 2 * (lane % 4) * segment::kPairs + first_row / 2 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < 64; i += 4) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const segment::Split x = segment::split(S[i + e], S[i + e + 2]);
+      const int at = (2 * i + e) * segment::kPairs;  // row i / 4 * 8 + e
+      to[at] = x.high, to[kHead * segment::kPairs + at] = x.low;
+    }
   }
 }
 
 // The state that an item begins with.
-__device__ __forceinline__ void begin_item(const Arguments& a, const Item& item, float (&S)[64], int w, int first_row, int tid, int lane) {
+__device__ __forceinline__ void begin_item(const Arguments& a, const Item& item, float (&S)[64], int w, int first_row, bool leader, int lane) {
   if (item.from == From::identity) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) S[i] = state_k(i, lane) == state_v(i, first_row, lane) ? 1.F : 0.F;
@@ -404,7 +482,7 @@ __device__ __forceinline__ void begin_item(const Arguments& a, const Item& item,
   std::int64_t at = item.sequence * from.sequence + item.head * from.head;
   if (item.from == From::zero) from.data = nullptr;
   if (item.from == From::boundary) {
-    if (tid == 0) {
+    if (leader) {
       if (item.from_scan != 0) {
         segment::wait_for_count(&a.plan.scanned[item.from_boundary], kScanBlocks);
       } else {
@@ -412,32 +490,36 @@ __device__ __forceinline__ void begin_item(const Arguments& a, const Item& item,
       }
     }
     device::named_sync(kConsumerBarrier + w, 128);
-    from = {a.plan.states, device::Type::f32, 0, 0, kHead, 1};
+    from = {a.plan.states, device::Type::f32, 0, 0, kHead, 1, StateRows::k};
     at = static_cast<std::int64_t>(item.from_boundary) * kHead * kHead;
   }
   load_state(S, from, at, first_row, lane);
   if (a.plan.initial_read != nullptr && item.from == From::start) {  // the final state will overwrite it
     device::named_sync(kConsumerBarrier + w, 128);
-    if (tid == 0) segment::add_to_count(&a.plan.initial_read[item.sequence * a.HV + item.head]);
+    if (leader) segment::add_to_count(&a.plan.initial_read[item.sequence * a.HV + item.head]);
   }
 }
 
 // Where an item's state goes.
-__device__ __forceinline__ void end_item(const Arguments& a, const Item& item, const float (&S)[64], int w, int first_row, int tid, int lane) {
+__device__ __forceinline__ void end_item(const Arguments& a, const Item& item, const float (&S)[64], int w, int first_row, bool leader, int lane) {
   if (item.to == To::nowhere) return;
   if (item.to == To::final_state) {
     if (a.final_state.data == nullptr) return;
     if (a.plan.initial_read != nullptr && item.from != From::start) {
-      if (tid == 0) segment::wait_for_count(&a.plan.initial_read[item.sequence * a.HV + item.head], 2);
+      if (leader) segment::wait_for_count(&a.plan.initial_read[item.sequence * a.HV + item.head], 2);
       device::named_sync(kConsumerBarrier + w, 128);
     }
     store_state(S, a.final_state, item.sequence * a.final_state.sequence + item.head * a.final_state.head, first_row, lane);
     return;
   }
-  float* to = item.to == To::transition ? a.plan.transitions : a.plan.states;
-  store_state(S, {to, device::Type::f32, 0, 0, kHead, 1}, static_cast<std::int64_t>(item.to_boundary) * kHead * kHead, first_row, lane);
+  const std::int64_t at = static_cast<std::int64_t>(item.to_boundary) * kHead * kHead;
+  if (item.to == To::transition) {
+    store_transition(S, a.plan.transitions + at, first_row, lane);
+  } else {
+    store_rows<float, StateRows::k>(S, a.plan.states, at, first_row, lane);
+  }
   device::named_sync(kConsumerBarrier + w, 128);
-  if (tid == 0) segment::add_to_count(&a.plan.arrived[item.to_boundary]);
+  if (leader) segment::add_to_count(&a.plan.arrived[item.to_boundary]);
 }
 
 // U (64 x 64) = or += A (64 x 64, four k steps) B^T, B lower triangular in staged panels: rows 0..31 meet two panels, 32..63 all four.
@@ -453,13 +535,13 @@ __device__ __forceinline__ void multiply_panels(float (&U)[32], const uint32_t* 
 
 // X^T = beta (v - gam k S)^T: (k S)^T in U.
 template <Operand Type>
-__device__ __forceinline__ void solve_for(uint32_t (&X)[16], const float (&U)[32], const uint32_t (&V)[16], const float2 (&factor)[8],
-                                          const float2 (&beta)[8]) {
+__device__ __forceinline__ void solve_for(uint32_t (&X)[16], const float (&U)[32], const uint32_t (&V)[16], const float4 (&solve)[8]) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float2 v0 = device::unpack<Type>(V[2 * j]), v1 = device::unpack<Type>(V[2 * j + 1]);
-    X[2 * j] = device::pack<Type>(fmaf(U[4 * j], factor[j].x, v0.x * beta[j].x), fmaf(U[4 * j + 1], factor[j].y, v0.y * beta[j].y));
-    X[2 * j + 1] = device::pack<Type>(fmaf(U[4 * j + 2], factor[j].x, v1.x * beta[j].x), fmaf(U[4 * j + 3], factor[j].y, v1.y * beta[j].y));
+    const float4 f = solve[j];
+    X[2 * j] = device::pack<Type>(fmaf(U[4 * j], f.x, v0.x * f.z), fmaf(U[4 * j + 1], f.y, v0.y * f.w));
+    X[2 * j + 1] = device::pack<Type>(fmaf(U[4 * j + 2], f.x, v1.x * f.z), fmaf(U[4 * j + 3], f.y, v1.y * f.w));
   }
 }
 
@@ -550,17 +632,19 @@ __device__ __forceinline__ void step_through(const Arguments& a, const Shared& s
 }
 
 template <Operand Type>
-__device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUtensorMap* map_o, int w, int tid) {
+__device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, int tid) {
   using device::pack;
   const int warp = __shfl_sync(~0U, tid / 32, 0), first_row = w * 64 + warp * 16;
-  int lane = tid % 32, column = 2 * (lane % 4);
+  // Through a shuffle, since ptxas would read the thread's number again in every round, which takes longer than what it is needed for.
+  const int lane = __shfl_sync(~0U, tid % 32, tid % 32);
+  int column = 2 * (lane % 4);
   // This lane's row of a 16 x 16 block of a transposed v or o tile.
   uint32_t v_offset;
   {
     const int row = lane % 8 + (lane >> 4) * 8, unit = 2 * warp + (lane >> 3 & 1);
     v_offset = row * 128 + ((unit ^ (row & 7)) << 4);
   }
-  device::keep(tid), device::keep(lane), device::keep(column), device::keep(v_offset);
+  device::keep(column), device::keep(v_offset);
   WorkReader works;
   Place<kStages> stage;
   Place<kValueStages> v_stage;
@@ -568,29 +652,27 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
   uint32_t S16[32], O16[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) O16[i] = 0;
-  // The output of the chunk before, on its way out; it may be another item's. After a hard chunk it is in its tile already.
-  bool pending = false, placed = false;
-  int before = kValueStages - 1;
+  // The output of the chunk before, on its way into the tile that its values came in; it may be another item's.
+  bool pending = false;
+  int before = 0;
+  const auto replaced = [&](int at) {
+    __syncwarp();
+    device::barrier_arrive_if(s.v_replaced[at], lane == 0);
+  };
   const auto put_o = [&] {
     const uint32_t to = device::shared_address(s.v[before][w]) + v_offset;
 #pragma unroll
     for (int i = 0; i < 4; ++i) device::store_matrices_transposed(to + i * 2048, O16 + 4 * i);
-  };
-  const auto send_o = [&] {
     device::fence_shared_to_async();
-    device::named_sync(kConsumerBarrier + w, 128);
-    const Output& to = s.output[w];
-    device::store_box_if(tid == 0 && pending, to.map, s.v[before][w], w * kTile, to.head, to.token, to.row);
-  };
-  // The chunk just done is the one to be sent: thread 0 reads what it writes here.
-  const auto note_output = [&](const Work& work, int chunk) {
-    if (tid != 0) return;
-    const bool tail = a.bounded_maps != nullptr && (chunk + 1) * kChunk > work.length;
-    s.output[w] = {tail ? bounded(a, work.item.sequence, kMapO) : map_o, work.item.head, work.token + chunk * kChunk, work.row};
+    replaced(before);
   };
   const auto load_factors = [&](float2(&to)[8], const float* from) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) to[j] = device::load_shared_pair(from + 8 * j + column);
+  };
+  const auto load_solve = [&](float4(&to)[8], const float4* from) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) to[j] = device::load_shared_quad(from + 4 * j + column / 2);
   };
   const auto load_values = [&](uint32_t(&to)[16]) {
     const uint32_t from = device::shared_address(s.v[v_stage.at][w]) + v_offset;
@@ -605,18 +687,14 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
     const int chunks = item.chunks;
     if (chunks < 0) break;
     if (item.scan_steps > 0) {
-      segment::scan_boundaries(a.plan, s.scan, item, kScanBarrier, w * 128 + tid);
+      segment::scan_boundaries(a.plan, s.scan, item, kScanBarrier, s.scanned, 4 * w + warp, lane);
       continue;
     }
-    if (a.bounded_maps != nullptr && work.ragged() && tid == 0) device::acquire_map(bounded(a, item.sequence, kMapO));
-    begin_item(a, item, S, w, first_row, tid, lane);
+    begin_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);
 #pragma unroll
     for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
     const bool values = work.values();
-    const auto wait_for_chunk = [&] {
-      if (values) device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
-      device::barrier_wait(s.made[stage.at], stage.parity);
-    };
+    const auto wait_for_chunk = [&] { device::barrier_wait(s.made[stage.at], stage.parity); };
     if (chunks > 0) wait_for_chunk();
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
@@ -632,17 +710,11 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
       if (s.t[at].tail.hard != 0) {
         device::named_sync(kTurnBarrier + w, 256);
         device::named_arrive(kTurnBarrier + 1 - w, 256);
-        if (pending && !placed) put_o();
-        send_o();
+        if (pending) put_o();
         step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
-        device::wait_stores_read();
-        device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
-        if (!full) {
-          device::named_sync(kConsumerBarrier + w, 128);
-          device::barrier_arrive_if(s.v_released[v_stage.at], tid == 0 && values);
-        }
-        pending = placed = full, before = v_stage.at;
-        note_output(work, item.first + c);
+        pending = false;
+        if (full) device::fence_shared_to_async();
+        if (values) replaced(v_stage.at);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
         __syncwarp();
@@ -657,7 +729,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
         device::wgmma_fence();
         multiply_tile<Type>(U, S16, k);
         device::wgmma_commit();
-        if (pending && !placed) put_o();
+        if (pending) put_o();
         device::wgmma_wait<1>();
         device::hold(S);
 #pragma unroll
@@ -669,21 +741,19 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
 #pragma unroll
           for (int i = 0; i < 16; ++i) V16[i] = 0;
         }
-        float2 factor[8], beta[8];
-        load_factors(factor, s.read[at]), load_factors(beta, s.t[at].tail.beta);
-        send_o();
+        float4 solve[8];
+        load_solve(solve, s.solve[at]);
         device::wgmma_wait<0>();
         device::hold(U);
-        solve_for<Type>(X16, U, V16, factor, beta);
+        solve_for<Type>(X16, U, V16, solve);
         device::wgmma_fence();
         multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
         device::wgmma_commit();
         device::named_arrive(kTurnBarrier + 1 - w, 256);
+        float2 factor[8];
         load_factors(factor, s.write[at]);
-        device::wait_stores_read();
-        device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
-        device::barrier_arrive_if(s.v_released[v_stage.at], tid == 0 && values);  // in send_o all of the consumer had read them
-        pending = placed = false;
+        if (values) replaced(v_stage.at);
+        pending = false;
         device::wgmma_wait<0>();
         device::hold(U);
         write_state<Type>(S, U, factor, s.k[at][0]);
@@ -701,7 +771,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
       device::wgmma_fence();
       multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
       device::wgmma_commit();
-      if (pending && !placed) put_o();
+      if (pending) put_o();
       // Waits for nothing, but ptxas must see that S is free while the product runs.
       device::wgmma_wait<1>();
       device::hold(S);
@@ -710,18 +780,18 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
       device::hold(S);
       uint32_t V16[16], X16[16];
       load_values(V16);
-      float2 factor[8], beta[8];
-      load_factors(factor, s.read[at]), load_factors(beta, s.t[at].tail.beta);
-      send_o();
+      float4 solve[8];
+      load_solve(solve, s.solve[at]);
       device::wgmma_wait<0>();
       device::hold(U);
-      solve_for<Type>(X16, U, V16, factor, beta);
+      solve_for<Type>(X16, U, V16, solve);
       device::wgmma_fence();
       multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
       device::wgmma_commit();
       multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
       device::wgmma_commit();
       device::named_arrive(kTurnBarrier + 1 - w, 256);
+      float2 factor[8];
       load_factors(factor, s.write[at]);
       device::wgmma_wait<1>();
       device::hold(U);
@@ -740,10 +810,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
       device::wgmma_fence();
       multiply_panels<Type, false>(O, Up16, device::describe_panel(s.p[at]));  // O^T = gam scale O^T + U^T P^T
       device::wgmma_commit();
-      device::wait_stores_read();
-      device::barrier_arrive_if(s.v_released[before], tid == 0 && pending);
-      pending = true, placed = false, before = v_stage.at;
-      note_output(work, item.first + c);
+      pending = true, before = v_stage.at;
       stage.next();
       v_stage.next();
       if (c + 1 < chunks) wait_for_chunk();
@@ -757,11 +824,9 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, const CUt
 #pragma unroll
       for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
     }
-    end_item(a, item, S, w, first_row, tid, lane);
+    end_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);
   }
-  if (pending && !placed) put_o();
-  send_o();
-  if (tid == 0) device::wait_stores_done();
+  if (pending) put_o();
 }
 
 template <Operand Type>
@@ -780,12 +845,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kValueStages; ++i) {
       device::barrier_init(s.v_loaded[i], 1);
-      device::barrier_init(s.v_released[i], 2);
+      device::barrier_init(s.v_replaced[i], 8);
+      s.output[i].map = nullptr;
     }
     for (int i = 0; i < kWorkRing; ++i) {
       device::barrier_init(s.item_full[i], 1);
       device::barrier_init(s.item_empty[i], 3 * 128 + 1 + kChunk);
     }
+    s.scanned = 0, s.announced = 0;
     device::barrier_init_fence();
     device::prefetch_map(&map_q), device::prefetch_map(&map_k), device::prefetch_map(&map_v), device::prefetch_map(&map_o);
   }
@@ -802,14 +869,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group == 3) {
     device::fewer_registers<kProducerRegisters>();
     if (tid == 0) produce_keys(a, s, &map_q, &map_k);
-    if (tid == 32) produce_values(a, s, &map_v);
+    if (tid == 32) produce_values(a, s, &map_v, &map_o);
     if (tid >= kChunk) make_factors<Type>(a, s, tid - kChunk);
   } else if (group == 0) {
     device::fewer_registers<kAuxiliaryRegisters>();
     assist<Type>(a, s, tid);
   } else {
     device::more_registers<kConsumerRegisters>();
-    consume<Type>(a, s, &map_o, group - 1, tid);
+    consume<Type>(a, s, group - 1, tid);
   }
 }
 

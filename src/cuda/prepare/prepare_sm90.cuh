@@ -138,7 +138,6 @@ __device__ __forceinline__ KeyScale gram_of_warp(S& s, uint32_t address_a, uint3
   __syncthreads();
   const KeyScale scale = key_scale(s.norm, l2norm, lane);
   if (scale != KeyScale::none) {
-    wants_rest = wants_rest || scale == KeyScale::power_of_two;
     for (int i = I * 32 + lane; i < kChunk; i += 32 * W) s.key_scale[i] = scale_of(scale, s.norm[i]);
     __syncthreads();
 #pragma unroll
@@ -203,37 +202,35 @@ __device__ __forceinline__ Place locate(const Sequences& s, int slot, int cached
   return {span.row, span.begin + token, max(0, min(kChunk, span.length - token)), slot, 0};
 }
 
-// Gates and betas as given, of W value heads from `first` on: two elements a thread, so that neighbours read neighbouring heads.
+// Gates and betas as given, of W value heads from `first` on: two elements a thread, so that neighbours read neighbouring heads. Their
+// bits: turning them into numbers would wait for them.
 template <int W>
 struct Given {
-  float g[2], beta[2];
+  uint32_t g[2], beta[2];
 
   __device__ __forceinline__ void load(const Arguments& a, const Place& at, int pass, int tid) {
     const int first = at.h * a.group + pass, heads = a.group - pass;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int head = (tid + i * 32 * W) % W, token = (tid + i * 32 * W) / W;
-      g[i] = 0.F, beta[i] = 1.F;
+      g[i] = 0, beta[i] = device::bits_of(1.F, a.beta.type);
       if (head >= heads || token >= at.rows) continue;
       if (a.g.data != nullptr) {
-        g[i] = device::load_element(a.g.data, a.g.type, at.row * a.g.row + (at.token + token) * a.g.token + (first + head) * a.g.head);
+        g[i] = device::load_bits(a.g.data, a.g.type, at.row * a.g.row + (at.token + token) * a.g.token + (first + head) * a.g.head);
       }
       if (a.beta.data != nullptr) {
-        beta[i] = device::load_element(a.beta.data, a.beta.type,
-                                       at.row * a.beta.row + (at.token + token) * a.beta.token + (first + head) * a.beta.head);
+        beta[i] = device::load_bits(a.beta.data, a.beta.type,
+                                    at.row * a.beta.row + (at.token + token) * a.beta.token + (first + head) * a.beta.head);
       }
     }
   }
   template <class S>
-  __device__ __forceinline__ void put(S& s, int tid) const {
+  __device__ __forceinline__ void put(const Arguments& a, S& s, int tid) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int head = (tid + i * 32 * W) % W, token = (tid + i * 32 * W) / W;
-      s.g[head][token] = g[i], s.beta[head][token] = beta[i];
+      s.g[head][token] = device::from_bits(g[i], a.g.type), s.beta[head][token] = device::from_bits(beta[i], a.beta.type);
     }
-  }
-  __device__ __forceinline__ bool may_need_split(const Arguments& a) const {
-    return a.beta_sigmoid ? a.neg_eigval : beta[0] > kSplitAbove || beta[1] > kSplitAbove;
   }
 };
 
@@ -595,7 +592,9 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, int ro
     hard = __any_sync(~0U, tail.exponent[2 * lane] >= kHardExponentF16 || tail.exponent[2 * lane + 1] >= kHardExponentF16);
   }
   const float ratio = squares.y > kSmallestWeight ? squares.x / squares.y : 0.F;
-  return hard || ratio > kHard.ratio_alone || kHard.beta_square * beta_square + kHard.ratio * ratio * rows > rows;
+  // Without gates errors last, and add up from chunk to chunk.
+  const float lasting = 1.F + kHard.lasting * device::exp2_fast(f.gate[kChunk - 1].x);
+  return hard || ratio > kHard.ratio_alone || kHard.beta_square * lasting * beta_square + kHard.ratio * ratio * rows > rows;
 }
 
 // Bounded maps of the sequences from `first` on, one in `step`, whose last chunk is not full. One warp.
@@ -641,8 +640,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
   };
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) device::load_box(s.k[half], &map_k, s.full, half * kTile, at.h, at.token, at.row);
+    device::load_box(s.k, &map_k, s.full, at.h, at.token, at.row);
   };
   if (warp == 0) find(s.place[0]);
   if (tid == 0) {
@@ -676,9 +674,9 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       __syncthreads();
     }
     if (warp == 0) find(next);
-    const auto wants_rest = [&] { return a.group > W || given.may_need_split(a); };
+    const auto wants_rest = [&] { return false; };
     const KeyScale scale = key_products<Type, W>(s, address_a, address_b, a.l2norm, wants_rest, warp, lane, [&] {
-      given.put(s, tid);
+      given.put(a, s, tid);
       if (tid == 0 && next.rows > 0) load_k(next);
     });
 #pragma unroll 1
@@ -686,7 +684,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       if (pass > 0) {
         given.load(a, here, pass, tid);
         __syncthreads();
-        given.put(s, tid);
+        given.put(a, s, tid);
         __syncthreads();
       }
       if (pass + warp >= a.group) continue;
@@ -713,8 +711,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
         const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
         if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * a.slots + here.slot] = bound;
       }
-      const float2 squares = split ? invert<Type, true>(s, s.factors[warp], decay, record_row, lane)
-                                   : invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
+      const float2 squares = invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
       const bool hard = is_hard<Type>(squares, s.factors[warp], here.rows, scale, tail, lane);
       if (lane == 0) tail.hard = hard ? 1 : 0;
       if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, s.record[warp], whole, lane);

@@ -3,7 +3,8 @@
 
 namespace flashdelta::cuda::segment {
 
-constexpr int kThreads = 512;
+// At least the multiprocessors: a thread each, and one for each listed pair.
+constexpr int kThreads = 256;
 
 // Longest warm-up: beyond it a boundary counts as exact. Eight chunks of state-only work cost about what a transition and a local state
 // of a short segment cost.
@@ -19,15 +20,15 @@ constexpr float kScanStep = 0.5F;
 // Shortest piece worth a cut, in chunks.
 constexpr int kShortest = 2;
 // Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.
-constexpr float kNeverCut = 1.F / 3;
+constexpr float kNeverCut = 0.52F;
 // A plan must promise to save this share of the time, since it costs a launch.
 constexpr float kWorthIt = 0.97F;
 
 // batch_invariant: chunks between its fixed cuts.
 constexpr int kFixedChunks = 64;
 
-// Pairs that a plan may cut, by kNeverCut fewer than three times the multiprocessors; and boundaries, each of 128 KB of workspace.
-constexpr int kMostListed = 512;
+// Pairs that a plan may cut, by kNeverCut fewer than twice the multiprocessors; and boundaries, each of 128 KB of workspace.
+constexpr int kMostListed = kThreads;
 constexpr int kMostBoundaries = 288;
 constexpr int kMostSegments = 64;  // of one pair, where the plan chooses
 

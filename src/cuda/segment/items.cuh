@@ -46,7 +46,7 @@ struct Plan {
   std::int32_t* scanned;   // per boundary: column blocks of its state that the scan has done
   std::int32_t* warm;      // per boundary: chunks of warm-up that reach its state; 0: none are enough
   float* states;           // per boundary: [128][128]; the local state first where the scan makes it whole
-  float* transitions;      // per boundary: [128][128], of the segment that ends there
+  std::uint32_t* transitions;  // per boundary: 64 KB, of the segment that ends there, in scan_sm90.cuh's form
   std::int32_t* initial_read;  // per pair, where final_state overwrites initial_state: 2 once the initial state has been read; else null
 };
 

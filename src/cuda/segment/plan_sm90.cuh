@@ -29,7 +29,7 @@ struct Model {
 };
 
 struct Shared {
-  int sequence[kMostListed], chunks[kMostListed];  // sequences with pairs that may be cut
+  int sequence[kMostListed], head[kMostListed], chunks[kMostListed];  // pairs that may be cut
   short exact[kMostListed], warm[kMostListed];     // listed pairs of either kind
   unsigned char window[kMostListed];               // chunks within which a pair forgets wherever one looks; 0: it does not
   float line[kMostListed + 1];                     // where warm pairs begin on their line
@@ -111,19 +111,20 @@ __device__ __forceinline__ Lengths measure(const Arguments& a, Shared& s) {
   return all;
 }
 
-// Sequences of more than `longest_whole` chunks, in order. Returns how many, or -1 where their pairs are too many to list.
-__device__ __forceinline__ int list_sequences(const Arguments& a, Shared& s, int longest_whole) {
+// Pairs of sequences of more than `longest_whole` chunks, in order. Returns how many, or -1 where they are too many to list.
+__device__ __forceinline__ int list_pairs(const Arguments& a, Shared& s, int longest_whole) {
   int count = 0;
   for (int first = 0; first < a.sequences.N; first += kThreads) {
     const int n = first + threadIdx.x;
     const int chunks = n < a.sequences.N ? a.sequences.span(n).chunks() : 0;
     int more = 0;
     const int at = count + exclusive_sum(chunks > longest_whole ? 1 : 0, more, s.scratch_int);
-    if (chunks > longest_whole && at < kMostListed) s.sequence[at] = n, s.chunks[at] = chunks;
     count += more;
+    if (chunks <= longest_whole) continue;
+    for (int h = 0, i = at * a.HV; h < a.HV && i < kMostListed; ++h, ++i) s.sequence[i] = n, s.head[i] = h, s.chunks[i] = chunks;
   }
   __syncthreads();
-  return count * a.HV <= kMostListed ? count : -1;
+  return count * a.HV <= kMostListed ? count * a.HV : -1;
 }
 
 __device__ __forceinline__ const float* bounds_of(const Arguments& a, int sequence, int head) {
@@ -188,7 +189,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, i
   int boundaries = 0, steps = 0;
   float dependent = 0.F, part = 0.F;  // the longest of each
   for (int i = lane; i < exact; i += kModelLanes) {
-    const int chunks = s.chunks[s.exact[i] / a.HV];
+    const int chunks = s.chunks[s.exact[i]];
     const int n = max(1, min(static_cast<int>(ceilf(chunks / wanted)), chunks / kShortest));
     const float length = static_cast<float>(chunks) / n;
     const int middle = max(0, n - 2);
@@ -302,7 +303,7 @@ __device__ __forceinline__ void emit(const Arguments& a, const Shared& s, const 
   item.to_boundary = x.boundary + 1;
   item.to = x.last ? To::final_state : x.next_dependent ? To::boundary : To::nowhere;
   if (!x.dependent) {
-    item.from = x.warm == x.begin ? From::start : From::zero;
+    item.from = x.first ? From::start : From::zero;
     item.first -= x.warm, item.chunks += x.warm, item.warm = x.warm;
     a.plan.items[at.firsts] = item;
     return;
@@ -409,9 +410,9 @@ struct Line {
 __device__ __forceinline__ int2 start_of(const Arguments& a, const Shared& s, const Line& line, float at) {
   if (at >= line.length) return make_int2(line.pairs, 0);
   const int k = last_not_above(s.line, line.pairs, at);
-  const int chunks = s.chunks[s.warm[k] / a.HV];
+  const int chunks = s.chunks[s.warm[k]];
   const int chunk = static_cast<int>(rintf(at - s.line[k] - kItem));
-  if (chunk < kShortest) return make_int2(k, 0);
+  if (chunk < max(kShortest, static_cast<int>(s.window[s.warm[k]]))) return make_int2(k, 0);
   return chunks - chunk < kShortest ? make_int2(k + 1, 0) : make_int2(k, chunk);
 }
 
@@ -465,15 +466,15 @@ __device__ __forceinline__ void emit_line(const Arguments& a, const Shared& s, c
   }
   for (int k = begin.x; k < end.x || (k == end.x && end.y > 0); ++k) {
     const int pair = s.warm[k];
-    const Pair p{s.sequence[pair / a.HV], pair % a.HV, s.chunks[pair / a.HV]};
+    const Pair p{s.sequence[pair], s.head[pair], s.chunks[pair]};
     const int from = k == begin.x ? begin.y : 0, to = k == end.x ? end.y : p.chunks;
     Item item{p.sequence, p.head, from, 0, to - from, From::start, 0, To::nowhere, 0, 0, -1, 0};
     if (to == p.chunks) item.to = To::final_state;
     if (from > 0) {
       const int warm = warm_up(a, p, from);
-      // Near the start, or where rounding hides it (the windows were summed in another order), the longest warm-up it is.
+      // Where rounding hides it (the windows were summed in another order), the longest warm-up it is.
       item.warm = warm > 0 ? warm : min(from, kMostWarmUp);
-      item.from = item.warm == from ? From::start : From::zero;
+      item.from = From::zero;
       item.first -= item.warm, item.chunks += item.warm;
       mine[0] += 1, mine[1] += item.warm;
     }
@@ -522,19 +523,18 @@ __device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s) {
   const Lengths lengths = measure(a, s);
   const float share = lengths.total * a.HV / P;
   const int longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
-  const int sequences = lengths.longest > longest_whole ? list_sequences(a, s, longest_whole) : 0;
+  const int listed = lengths.longest > longest_whole ? list_pairs(a, s, longest_whole) : 0;
   device::wait_for_previous_launch();
-  if (sequences <= 0) return finish(a, 0, 1 << 30, none);
-  const int listed = sequences * a.HV;
+  if (listed <= 0) return finish(a, 0, 1 << 30, none);
   for (int i = warp; i < listed; i += kWarps) {
-    const Pair p{s.sequence[i / a.HV], i % a.HV, s.chunks[i / a.HV]};
+    const Pair p{s.sequence[i], s.head[i], s.chunks[i]};
     const int window = a.mode == Mode::automatic ? forgetting_window(a, p, lane) : 0;
     if (lane == 0) s.window[i] = static_cast<unsigned char>(window);
   }
   __syncthreads();
   const int i = threadIdx.x;
   const bool here = i < listed, warm = here && s.window[i] > 0;
-  const int chunks = here ? s.chunks[i / a.HV] : 0;
+  const int chunks = here ? s.chunks[i] : 0;
   Line line{};
   int kind[2] = {here && !warm ? 1 : 0, warm ? 1 : 0}, kinds[2];
   exclusive_sums(kind, kinds, s.scratch_int);
@@ -580,7 +580,7 @@ __device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s) {
   const float wanted = ceilf(static_cast<float>(lengths.longest) / (s.best + 1));
   const auto pair_at = [&](int k) {
     const int l = s.exact[k];
-    return Pair{s.sequence[l / a.HV], l % a.HV, s.chunks[l / a.HV]};
+    return Pair{s.sequence[l], s.head[l], s.chunks[l]};
   };
   const auto segments_of = [&](const Pair& p) { return max(1, min(static_cast<int>(ceilf(p.chunks / wanted)), p.chunks / kShortest)); };
   const Cut<decltype(pair_at), decltype(segments_of)> cut{pair_at, segments_of, exact_pairs, a.mode == Mode::automatic};

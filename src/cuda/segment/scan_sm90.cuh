@@ -1,5 +1,8 @@
-// The scan over segment boundaries: S at the next boundary = transition * S + local state, for 16 value columns, by 256 threads. Products
-// are of bf16 pairs (x = high + low; high high + high low + low high): 2^-16 of error against 2^-9 of the transitions themselves.
+// The scan over segment boundaries: S at the next boundary = transition * S + local state, for 16 value columns, by 256 threads.
+//
+// Products are of pairs of bf16 numbers (x = high + low; high high + high low + low high): 2^-16 of error, against 2^-9 of the transitions
+// themselves. Sums run over the state's rows in any order, so rows r and r + 8 of every sixteen share a register: what a product leaves
+// in a thread is then, packed, what the next product wants, and a transition's registers pack without a shuffle.
 #pragma once
 
 #include "cuda/device/barrier.cuh"
@@ -12,10 +15,11 @@ namespace flashdelta::cuda::segment {
 using device::Operand;
 using std::uint32_t;
 
-// A row of 128 with padding that spreads the lanes' 8-byte loads over all banks.
-constexpr int kScanRow = kHead + 16;
+constexpr int kPairs = kHead / 2;  // of a row
+// Of a column of S, with padding that spreads the lanes' 16-byte loads over all banks.
+constexpr int kScanColumn = kPairs + 16;
 struct ScanShared {
-  __nv_bfloat16 high[2][kScanColumns][kScanRow], low[2][kScanColumns][kScanRow];  // S^T, in turn
+  uint32_t high[2][kScanColumns][kScanColumn], low[2][kScanColumns][kScanColumn];  // in turn
 };
 
 __device__ __forceinline__ void wait_for_count(const std::int32_t* count, int wanted) {
@@ -40,82 +44,107 @@ __device__ __forceinline__ Split split(float x, float y) {
   return {high, device::pack<Operand::bf16>(x - held.x, y - held.y)};
 }
 
-// Row `row` of 16 columns' block, elements (v, v + 1), into the transposed tile.
-__device__ __forceinline__ void put_transposed(ScanShared& s, int turn, int v, int row, float x, float y) {
-  const Split parts = split(x, y);
-  const auto high = *reinterpret_cast<const __nv_bfloat162*>(&parts.high), low = *reinterpret_cast<const __nv_bfloat162*>(&parts.low);
-  s.high[turn][v][row] = high.x, s.high[turn][v + 1][row] = high.y;
-  s.low[turn][v][row] = low.x, s.low[turn][v + 1][row] = low.y;
-}
-
-// Threads 0..255, all together; `barrier` is theirs.
-__device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, int barrier, int tid) {
-  const int lane = tid % 32, g = lane / 4, t = lane % 4, row = tid / 32 * 16 + g, column = item.first * kScanColumns;
-  const auto state_at = [&](int step) {
-    return plan.states + static_cast<std::int64_t>(item.from_boundary + step) * kHead * kHead + row * kHead + column + 2 * t;
-  };
-  const auto ready = [&](int step) {
-    if (tid == 0) wait_for_count(&plan.arrived[item.from_boundary + step], step == 0 ? kArrivalsWhole : kArrivalsParts);
-  };
-  float4 next[8][2];  // rows `row` and `row + 8` of the transition: four neighbouring columns of every sixteen
-  const auto load_transition = [&](int step) {
-    const float* from = plan.transitions + static_cast<std::int64_t>(item.from_boundary + step) * kHead * kHead + row * kHead + 4 * t;
-#pragma unroll
-    for (int b = 0; b < 8; ++b) {
-      next[b][0] = __ldcg(reinterpret_cast<const float4*>(from + 16 * b));
-      next[b][1] = __ldcg(reinterpret_cast<const float4*>(from + 16 * b + 8 * kHead));
+// Warps 0..7, all together; `barrier` is theirs. `done` counts steps that all of them have written.
+__device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, int barrier, int& done, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4, steps = item.scan_steps, from = item.from_boundary;
+  float* states = plan.states + static_cast<std::int64_t>(from) * kHead * kHead + (16 * warp + g) * kHead + item.first * kScanColumns + 2 * t;
+  const uint4* transitions = reinterpret_cast<const uint4*>(plan.transitions + static_cast<std::int64_t>(from) * kHead * kHead +
+                                                            (16 * warp + g) * kPairs + 4 * t);
+  // Boundaries up to `known` have arrived; the first warp looks at 32 at once.
+  int known = -1;
+  const auto ensure = [&](int step) {
+    if (warp != 0) return;
+    while (known < step) {
+      const int mine = known + 1 + lane;
+      int count = kArrivalsParts;
+      if (mine <= steps) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(plan.arrived + from + mine) : "memory");
+      const unsigned missing = __ballot_sync(~0U, count < (mine == 0 ? kArrivalsWhole : kArrivalsParts));
+      known += missing == 0 ? 32 : __ffs(missing) - 1;
     }
   };
-  ready(0), ready(1);
-  device::named_sync(barrier, 256);
-  load_transition(1);
+  uint4 next[4][2][2];   // of a transition: 16 pairs at a time, rows g and g + 8, high and low
+  float2 local[2][2];    // of the local state: 8 columns at a time, rows g and g + 8
+  const auto load = [&](int step) {
+    const uint4* m = transitions + static_cast<std::int64_t>(step) * (kHead * kHead / 4);
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
+    for (int b = 0; b < 4; ++b) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 x = __ldcg(reinterpret_cast<const float2*>(state_at(0) + h * 8 * kHead + 8 * n));
-      put_transposed(s, 0, 8 * n + 2 * t, row + 8 * h, x.x, x.y);
-    }
-  }
-#pragma unroll 1
-  for (int step = 1; step <= item.scan_steps; ++step) {
-    if (step < item.scan_steps) ready(step + 1);
-    device::named_sync(barrier, 256);
-    const int turn = (step - 1) & 1;
-    float4 now[8][2];
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int b = 0; b < 8; ++b) now[b][0] = next[b][0], now[b][1] = next[b][1];
-    if (step < item.scan_steps) load_transition(step + 1);
-    float sum[2][4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 x = __ldcg(reinterpret_cast<const float2*>(state_at(step) + 8 * n));
-      const float2 y = __ldcg(reinterpret_cast<const float2*>(state_at(step) + 8 * n + 8 * kHead));
-      sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
-    }
-#pragma unroll
-    for (int b = 0; b < 8; ++b) {
-      const Split p0 = split(now[b][0].x, now[b][0].y), p1 = split(now[b][1].x, now[b][1].y);
-      const Split p2 = split(now[b][0].z, now[b][0].w), p3 = split(now[b][1].z, now[b][1].w);
-      const uint32_t high[4] = {p0.high, p1.high, p2.high, p3.high}, low[4] = {p0.low, p1.low, p2.low, p3.low};
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint2 x = *reinterpret_cast<const uint2*>(&s.high[turn][8 * n + g][16 * b + 4 * t]);
-        const uint2 y = *reinterpret_cast<const uint2*>(&s.low[turn][8 * n + g][16 * b + 4 * t]);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], low, x.x, x.y);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], high, y.x, y.y);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], high, x.x, x.y);
+        for (int part = 0; part < 2; ++part) next[b][h][part] = m[(part * kHead * kPairs + h * 8 * kPairs + 16 * b) / 4];
       }
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      put_transposed(s, turn ^ 1, 8 * n + 2 * t, row, sum[n][0], sum[n][1]);
-      put_transposed(s, turn ^ 1, 8 * n + 2 * t, row + 8, sum[n][2], sum[n][3]);
-      *reinterpret_cast<float2*>(state_at(step) + 8 * n) = make_float2(sum[n][0], sum[n][1]);
-      *reinterpret_cast<float2*>(state_at(step) + 8 * n + 8 * kHead) = make_float2(sum[n][2], sum[n][3]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        local[n][h] = *reinterpret_cast<const float2*>(states + static_cast<std::int64_t>(step) * kHead * kHead + h * 8 * kHead + 8 * n);
+      }
     }
+  };
+  const auto put = [&](int turn, const float (&sum)[2][4]) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const Split x = split(sum[n][e], sum[n][e + 2]);
+        s.high[turn][8 * n + 2 * t + e][8 * warp + g] = x.high, s.low[turn][8 * n + 2 * t + e][8 * warp + g] = x.low;
+      }
+    }
+  };
+  float sum[2][4];
+  const auto take_local = [&] {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      sum[n][0] = local[n][0].x, sum[n][1] = local[n][0].y, sum[n][2] = local[n][1].x, sum[n][3] = local[n][1].y;
+    }
+  };
+  ensure(1);
+  device::named_sync(barrier, 256);
+  load(0);  // its state; the transition is not used
+  take_local();
+  put(0, sum);
+  load(1);
+  ensure(min(2, steps));
+  device::named_sync(barrier, 256);
+#pragma unroll 1
+  for (int step = 1; step <= steps; ++step) {
+    const int turn = (step - 1) & 1;
+    uint4 now[4][2][2];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) now[b][h][0] = next[b][h][0], now[b][h][1] = next[b][h][1];
+    }
+    take_local();
+    if (step < steps) load(step + 1);
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint4 x = *reinterpret_cast<const uint4*>(&s.high[turn][8 * n + g][16 * b + 4 * t]);
+        const uint4 y = *reinterpret_cast<const uint4*>(&s.low[turn][8 * n + g][16 * b + 4 * t]);
+        const auto &high = now[b], &low = now[b];
+        const uint32_t h0[4] = {high[0][0].x, high[1][0].x, high[0][0].y, high[1][0].y}, l0[4] = {low[0][1].x, low[1][1].x, low[0][1].y, low[1][1].y};
+        const uint32_t h1[4] = {high[0][0].z, high[1][0].z, high[0][0].w, high[1][0].w}, l1[4] = {low[0][1].z, low[1][1].z, low[0][1].w, low[1][1].w};
+        device::mma_16x8x16<Operand::bf16, false>(sum[n], l0, x.x, x.y);
+        device::mma_16x8x16<Operand::bf16, false>(sum[n], h0, y.x, y.y);
+        device::mma_16x8x16<Operand::bf16, false>(sum[n], h0, x.x, x.y);
+        device::mma_16x8x16<Operand::bf16, false>(sum[n], l1, x.z, x.w);
+        device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, y.z, y.w);
+        device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, x.z, x.w);
+      }
+    }
+    put(turn ^ 1, sum);
+    float* to = states + static_cast<std::int64_t>(step) * kHead * kHead;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      *reinterpret_cast<float2*>(to + 8 * n) = make_float2(sum[n][0], sum[n][1]);
+      *reinterpret_cast<float2*>(to + 8 * n + 8 * kHead) = make_float2(sum[n][2], sum[n][3]);
+    }
+    ensure(min(step + 2, steps));
     device::named_sync(barrier, 256);
-    if (tid == 0) add_to_count(&plan.scanned[item.from_boundary + step]);
+    device::count_up_if(done, warp == 0 && lane == 0);
   }
 }
 

@@ -23,6 +23,7 @@ Room room_of(std::int64_t pairs, std::int64_t chunk_numbers, std::int64_t heads,
 }
 
 cudaError_t launch(const Arguments& arguments, cudaStream_t stream) {
+  if (arguments.multiprocessors > kThreads) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
