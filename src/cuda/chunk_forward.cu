@@ -14,6 +14,7 @@
 #include "cuda/cuda.hpp"
 #include "cuda/forward/forward.hpp"
 #include "cuda/prepare/prepare.hpp"
+#include "cuda/segment/config.h"
 #include "cuda/segment/segment.hpp"
 #include "cuda/status.hpp"
 #include "cuda/tensor_map.hpp"
@@ -252,6 +253,7 @@ void chunk_forward(const Problem& p) {
     planned.mode = mode;
     planned.fixed = p.batch_invariant;
     planned.forced = p.num_segments;
+    planned.rehearse = chunk_numbers(p) * p.HV >= segment::kRehearseFrom;
     planned.most_boundaries = static_cast<int>(layout.room.boundaries);
     planned.enough = static_cast<float>(std::log(p.tolerance));
     planned.bounds = prepared.bounds;

@@ -1,7 +1,6 @@
 #include "cuda/forward/forward.hpp"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "cuda/forward/forward_sm90.cuh"
 

@@ -15,7 +15,8 @@ cudaError_t launch_warps(const Arguments& arguments, const CUtensorMap* maps, in
     return error;
   }
   const int items = arguments.slots * arguments.H;
-  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W)));
+  // One less than fit: the plan of segments takes the last place, and waits there.
+  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W) - 1));
   kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
   return cudaGetLastError();
 }

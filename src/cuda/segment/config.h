@@ -11,24 +11,32 @@ constexpr int kThreads = 256;
 constexpr int kMostWarmUp = 8;
 
 // A chunk that only moves the state on, against a full one: it lacks q S, P U, q k^T and the output.
-constexpr float kStateOnly = 0.6F;
+constexpr float kStateOnly = 0.7F;
 // Beginning and ending an item: reading a state, filling the pipeline, writing a state.
-constexpr float kItem = 2.F;
+constexpr float kItem = 2.5F;
 // One step of the scan.
-constexpr float kScanStep = 0.5F;
+constexpr float kScanStep = 1.F;
+
+// A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
+constexpr float kFirstShare = kStateOnly;
 
 // Shortest piece worth a cut, in chunks.
 constexpr int kShortest = 2;
 // Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.
 constexpr float kNeverCut = 0.52F;
 // A plan must promise to save this share of the time, since it costs a launch.
-constexpr float kWorthIt = 0.97F;
+constexpr float kWorthIt = 0.9F;
+
+// Chunks (of value heads) from which on `prepare` takes longer than a plan from cold instructions, 20 us.
+constexpr int kRehearseFrom = 6144;
 
 // batch_invariant: chunks between its fixed cuts.
 constexpr int kFixedChunks = 64;
 
 // Pairs that a plan may cut, by kNeverCut fewer than twice the multiprocessors; and boundaries, each of 128 KB of workspace.
 constexpr int kMostListed = kThreads;
+// Blocks that a multiprocessor could hold by registers: the plan must fit beside `prepare`, to be there when that ends.
+constexpr int kResident = 4;
 constexpr int kMostBoundaries = 288;
 constexpr int kMostSegments = 64;  // of one pair, where the plan chooses
 

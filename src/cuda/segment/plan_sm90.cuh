@@ -37,44 +37,58 @@ struct Shared {
   int segments[kThreads + 1], boundaries[kThreads + 1];
   Model model[kMostSegments];
   int best;
+  bool rehearsing;
   signed char warm_here[kMostInShared];
   float scratch[kMostSums * kWarps];
   int scratch_int[kMostSums * kWarps];
 };
 
-// Exclusive sums over the block of several values at once, and their totals; every thread must come.
-template <class X, int N>
-__device__ __forceinline__ void exclusive_sums(X (&x)[N], X (&total)[N], X* scratch) {
+// Exclusive sums over the block of several values at once, and their totals; every thread must come. Not inlined: the plan runs once,
+// and waits for its instructions more than for anything else.
+template <class X>
+struct Sums {
+  X before[kMostSums], total[kMostSums];
+};
+template <class X>
+__device__ __noinline__ Sums<X> block_sums(X a, X b, X c, X d, X e, X f, X* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  X sum[N];
+  const X x[kMostSums] = {a, b, c, d, e, f};
+  Sums<X> sums;
 #pragma unroll
-  for (int v = 0; v < N; ++v) sum[v] = x[v];
-#pragma unroll
+  for (int v = 0; v < kMostSums; ++v) sums.before[v] = x[v];
+#pragma unroll 1
   for (int o = 1; o < 32; o <<= 1) {
 #pragma unroll
-    for (int v = 0; v < N; ++v) {
-      const X before = __shfl_up_sync(~0U, sum[v], o);
-      if (lane >= o) sum[v] += before;
+    for (int v = 0; v < kMostSums; ++v) {
+      const X before = __shfl_up_sync(~0U, sums.before[v], o);
+      if (lane >= o) sums.before[v] += before;
     }
   }
   __syncthreads();
   if (lane == 31) {
 #pragma unroll
-    for (int v = 0; v < N; ++v) scratch[v * kWarps + warp] = sum[v];
+    for (int v = 0; v < kMostSums; ++v) scratch[v * kWarps + warp] = sums.before[v];
   }
   __syncthreads();
 #pragma unroll
-  for (int v = 0; v < N; ++v) {
-    X before = 0;
-    total[v] = 0;
+  for (int v = 0; v < kMostSums; ++v) sums.total[v] = 0, sums.before[v] -= x[v];
+#pragma unroll 1
+  for (int i = 0; i < kWarps; ++i) {
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
+    for (int v = 0; v < kMostSums; ++v) {
       const X part = scratch[v * kWarps + i];
-      if (i < warp) before += part;
-      total[v] += part;
+      if (i < warp) sums.before[v] += part;
+      sums.total[v] += part;
     }
-    x[v] = before + sum[v] - x[v];
   }
+  return sums;
+}
+template <class X, int N>
+__device__ __forceinline__ void exclusive_sums(X (&x)[N], X (&total)[N], X* scratch) {
+  const Sums<X> sums = block_sums<X>(x[0], N > 1 ? x[1 % N] : 0, N > 2 ? x[2 % N] : 0, N > 3 ? x[3 % N] : 0, N > 4 ? x[4 % N] : 0,
+                                     N > 5 ? x[5 % N] : 0, scratch);
+#pragma unroll
+  for (int v = 0; v < N; ++v) x[v] = sums.before[v], total[v] = sums.total[v];
 }
 template <class X>
 __device__ __forceinline__ X exclusive_sum(X x, X& total, X* scratch) {
@@ -131,8 +145,14 @@ __device__ __forceinline__ const float* bounds_of(const Arguments& a, int sequen
   return a.bounds + static_cast<std::int64_t>(head) * a.slots + a.sequences.slot(sequence);
 }
 
+// The first of the two times that a plan is made, before there are bounds: its only use is that its instructions are at hand when the
+// second one has to be quick. Every fourth head keeps all, so that both kinds of pairs occur.
+__device__ __forceinline__ float bound_at(const Shared& s, const Pair& p, const float* bound) {
+  return s.rehearsing ? (p.head % 4 == 0 ? 0.F : kLowestGate) : *bound;
+}
+
 // Chunks within which a pair forgets wherever one looks: 4, 8, or 0 where neither is enough. One warp.
-__device__ __forceinline__ int forgetting_window(const Arguments& a, const Pair& p, int lane) {
+__device__ __forceinline__ int forgetting_window(const Arguments& a, const Shared& s, const Pair& p, int lane) {
   const float* bounds = bounds_of(a, p.sequence, p.head);
   bool four = true, eight = true;
   float before1 = 0.F, before2 = 0.F, before4 = 0.F;
@@ -146,7 +166,7 @@ __device__ __forceinline__ int forgetting_window(const Arguments& a, const Pair&
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int c = first + 32 * i + lane;
-      batch[i] = c < p.chunks ? bounds[c] : 0.F;
+      batch[i] = c < p.chunks ? bound_at(s, p, bounds + c) : 0.F;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -165,11 +185,11 @@ __device__ __forceinline__ int forgetting_window(const Arguments& a, const Pair&
 }
 
 // Chunks of warm-up that reach the state before chunk `cut`, or 0.
-__device__ __forceinline__ int warm_up(const Arguments& a, const Pair& p, int cut) {
+__device__ __forceinline__ int warm_up(const Arguments& a, const Shared& s, const Pair& p, int cut) {
   const float* bounds = bounds_of(a, p.sequence, p.head);
   float x[kMostWarmUp];
 #pragma unroll
-  for (int i = 0; i < kMostWarmUp; ++i) x[i] = cut > i ? bounds[cut - 1 - i] : 0.F;
+  for (int i = 0; i < kMostWarmUp; ++i) x[i] = cut > i ? bound_at(s, p, bounds + cut - 1 - i) : 0.F;
   int enough = 0;
   float sum = 0.F;
   bool found = false;
@@ -191,13 +211,13 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, i
   for (int i = lane; i < exact; i += kModelLanes) {
     const int chunks = s.chunks[s.exact[i]];
     const int n = max(1, min(static_cast<int>(ceilf(chunks / wanted)), chunks / kShortest));
-    const float length = static_cast<float>(chunks) / n;
+    const float length = chunks / (n - 1 + kFirstShare), first = n > 1 ? kFirstShare * length : chunks;
     const int middle = max(0, n - 2);
-    m.parts += 1 + 2 * middle, m.parts_cost += length + kItem + 2 * middle * (kStateOnly * length + kItem);
+    m.parts += 1 + 2 * middle, m.parts_cost += first + kItem + 2 * middle * (kStateOnly * length + kItem);
     m.scans += middle > 0 ? kScanBlocks : 0, m.scans_cost += kScanBlocks * middle * kScanStep;
     m.dependents += n - 1, m.dependents_cost += (n - 1) * (length + kItem);
     boundaries += n - 1, steps = max(steps, middle), dependent = fmaxf(dependent, n > 1 ? length + kItem : 0.F);
-    part = fmaxf(part, length + kItem);
+    part = fmaxf(part, first + kItem);
   }
 #pragma unroll
   for (int o = 1; o < kModelLanes; o <<= 1) {
@@ -277,7 +297,11 @@ __device__ __forceinline__ Segment segment_at(const Arguments& a, const C& cut, 
   x.pair = cut.pair_at(first_pair + local);
   x.count = s.segments[local + 1] - s.segments[local], x.j = k - s.segments[local];
   x.boundary = first_boundary + s.boundaries[local] + x.j - 1;
-  const auto at = [&](int j) { return a.fixed && a.forced == 0 ? j * kFixedChunks : static_cast<int>(static_cast<std::int64_t>(j) * x.pair.chunks / x.count); };
+  const auto at = [&](int j) {
+    if (a.forced > 0) return static_cast<int>(static_cast<std::int64_t>(j) * x.pair.chunks / x.count);
+    if (a.fixed) return j * kFixedChunks;
+    return j == 0 ? 0 : static_cast<int>((j - 1 + kFirstShare) * x.pair.chunks / (x.count - 1 + kFirstShare));
+  };
   x.begin = at(x.j), x.end = x.j + 1 == x.count ? x.pair.chunks : at(x.j + 1);
   x.first = x.j == 0, x.last = x.j + 1 == x.count;
   return x;
@@ -342,7 +366,7 @@ __device__ __forceinline__ Tickets decide(const Arguments& a, const C& cut, Shar
     for (int k = threadIdx.x; k < total.x; k += kThreads) {
       const Segment x = segment_at(a, cut, s, first, boundaries, k);
       if (x.first) continue;
-      const int warm = cut.may_warm ? warm_up(a, x.pair, x.begin) : 0;
+      const int warm = cut.may_warm ? warm_up(a, s, x.pair, x.begin) : 0;
       if (x.boundary < kMostInShared) {
         s.warm_here[x.boundary] = static_cast<signed char>(warm);
       } else {
@@ -471,7 +495,7 @@ __device__ __forceinline__ void emit_line(const Arguments& a, const Shared& s, c
     Item item{p.sequence, p.head, from, 0, to - from, From::start, 0, To::nowhere, 0, 0, -1, 0};
     if (to == p.chunks) item.to = To::final_state;
     if (from > 0) {
-      const int warm = warm_up(a, p, from);
+      const int warm = warm_up(a, s, p, from);
       // Where rounding hides it (the windows were summed in another order), the longest warm-up it is.
       item.warm = warm > 0 ? warm : min(from, kMostWarmUp);
       item.from = From::zero;
@@ -485,7 +509,8 @@ __device__ __forceinline__ void emit_line(const Arguments& a, const Shared& s, c
   }
 }
 
-__device__ __forceinline__ void finish(const Arguments& a, int tickets, int longest_whole, const int (&figures)[3]) {
+__device__ __forceinline__ void finish(const Arguments& a, const Shared& s, int tickets, int longest_whole, const int (&figures)[3]) {
+  if (s.rehearsing) return;
   if (a.plan.initial_read != nullptr) {
     for (int i = threadIdx.x; i < a.sequences.N * a.HV; i += kThreads) a.plan.initial_read[i] = 0;
   }
@@ -514,21 +539,36 @@ __device__ __forceinline__ void plan_alike(const Arguments& a, Shared& s) {
   } else if (only.count > 0) {
     emit(a, s, only, t, only_at);
   }
-  finish(a, t.count(), longest_whole, figures);
+  finish(a, s, t.count(), longest_whole, figures);
 }
 
-__device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, P = a.multiprocessors;
-  const int none[3] = {};
+// Where the pairs of long sequences are listed, and what the others and an uncut call cost.
+struct Outline {
+  int listed, longest, longest_whole;
+  float total, uncut;  // chunks of all pairs; time
+};
+
+// Before anything is known of the gates. listed: 0 where no plan could be worth it.
+__device__ __forceinline__ Outline outline_of(const Arguments& a, Shared& s) {
   const Lengths lengths = measure(a, s);
-  const float share = lengths.total * a.HV / P;
-  const int longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
-  const int listed = lengths.longest > longest_whole ? list_pairs(a, s, longest_whole) : 0;
-  device::wait_for_previous_launch();
-  if (listed <= 0) return finish(a, 0, 1 << 30, none);
+  const float P = static_cast<float>(a.multiprocessors), pairs = static_cast<float>(a.sequences.N) * a.HV;
+  Outline x{};
+  x.total = lengths.total * a.HV, x.longest = lengths.longest;
+  const float share = x.total / P, begins = kItem * pairs / P;
+  x.uncut = lengths.longest == lengths.shortest ? ceilf(pairs / P) * (lengths.longest + kItem)
+                                                : fmaxf(lengths.longest + kItem, share + begins + lengths.longest / 2);
+  x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
+  if (lengths.longest <= x.longest_whole || share + begins > kWorthIt * x.uncut) return x;
+  x.listed = max(0, list_pairs(a, s, x.longest_whole));
+  return x;
+}
+
+__device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s, const Outline& outline) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, P = a.multiprocessors, listed = outline.listed;
+  const int none[3] = {};
   for (int i = warp; i < listed; i += kWarps) {
     const Pair p{s.sequence[i], s.head[i], s.chunks[i]};
-    const int window = a.mode == Mode::automatic ? forgetting_window(a, p, lane) : 0;
+    const int window = a.mode == Mode::automatic ? forgetting_window(a, s, p, lane) : 0;
     if (lane == 0) s.window[i] = static_cast<unsigned char>(window);
   }
   __syncthreads();
@@ -549,11 +589,11 @@ __device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s) {
   __syncthreads();
   line.cut = line.pairs > 0 ? kStateOnly * windows / line.pairs + kItem : 0.F;
   const float whole_pairs = static_cast<float>(a.sequences.N) * a.HV - listed;
-  const float whole = lengths.total * a.HV - in_list + kItem * whole_pairs;
+  const float whole = outline.total - in_list + kItem * whole_pairs;
 
   {
     const int candidate = threadIdx.x / kModelLanes;
-    const Model m = model_of(a, s, candidate + 1, exact_pairs, lengths.longest, line.length + whole, line.pairs > 0, line.cut,
+    const Model m = model_of(a, s, candidate + 1, exact_pairs, outline.longest, line.length + whole, line.pairs > 0, line.cut,
                              threadIdx.x % kModelLanes);
     if (threadIdx.x % kModelLanes == 0) s.model[candidate] = m;
   }
@@ -572,12 +612,9 @@ __device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s) {
   }
   __syncthreads();
   const Model& m = s.model[s.best];
-  const float pairs = static_cast<float>(a.sequences.N) * a.HV;
-  const float uncut = lengths.longest == lengths.shortest ? ceilf(pairs / P) * (lengths.longest + kItem)
-                                                          : fmaxf(lengths.longest + kItem, share + kItem * pairs / P + lengths.longest / 2);
-  if (m.time > kWorthIt * uncut) return finish(a, 0, 1 << 30, none);
+  if (m.time > kWorthIt * outline.uncut) return finish(a, s, 0, 1 << 30, none);
 
-  const float wanted = ceilf(static_cast<float>(lengths.longest) / (s.best + 1));
+  const float wanted = ceilf(static_cast<float>(outline.longest) / (s.best + 1));
   const auto pair_at = [&](int k) {
     const int l = s.exact[k];
     return Pair{s.sequence[l], s.head[l], s.chunks[l]};
@@ -604,21 +641,33 @@ __device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s) {
     exclusive_sums(mine, sum, s.scratch_int);
     figures[0] += sum[0], figures[2] += sum[1];
   }
-  finish(a, t.count(), longest_whole, figures);
+  finish(a, s, t.count(), outline.longest_whole, figures);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_constant__ Arguments a) {
   __shared__ Shared s;
   device::allow_dependent_launch();
-  if (a.mode == Mode::off) {
-    const int none[3] = {};
+  s.rehearsing = false;
+  const int none[3] = {};
+  if (a.mode != Mode::off && (a.forced > 0 || a.fixed)) {
     device::wait_for_previous_launch();
-    finish(a, 0, 1 << 30, none);
-  } else if (a.forced > 0 || a.fixed) {
+    __syncthreads();
+    return plan_alike(a, s);
+  }
+  Outline outline{};
+  if (a.mode != Mode::off) outline = outline_of(a, s);
+  if (outline.listed == 0) {
     device::wait_for_previous_launch();
-    plan_alike(a, s);
-  } else {
-    plan_by_cost(a, s);
+    __syncthreads();
+    return finish(a, s, 0, 1 << 30, none);
+  }
+#pragma unroll 1
+  for (int pass = a.rehearse ? 0 : 1; pass < 2; ++pass) {
+    __syncthreads();
+    s.rehearsing = pass == 0;
+    if (pass == 1) device::wait_for_previous_launch();
+    __syncthreads();
+    plan_by_cost(a, s, outline);
   }
 }
 

@@ -62,18 +62,15 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       known += missing == 0 ? 32 : __ffs(missing) - 1;
     }
   };
-  uint4 next[4][2][2];   // of a transition: 16 pairs at a time, rows g and g + 8, high and low
-  float2 local[2][2];    // of the local state: 8 columns at a time, rows g and g + 8
-  const auto load = [&](int step) {
-    const uint4* m = transitions + static_cast<std::int64_t>(step) * (kHead * kHead / 4);
+  uint4 m[4][2][2];    // of a transition: 16 pairs at a time, rows g and g + 8, high and low
+  float2 local[2][2];  // of the local state: 8 columns at a time, rows g and g + 8
+  // Registers are loaded for the next step as soon as this step is done with them: there are none to spare for two transitions.
+  const auto load_part = [&](int step, int b) {
+    const uint4* from_here = transitions + static_cast<std::int64_t>(step) * (kHead * kHead / 4) + 4 * b;
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) next[b][h][part] = m[(part * kHead * kPairs + h * 8 * kPairs + 16 * b) / 4];
-      }
-    }
+    for (int h = 0; h < 2; ++h) m[b][h][0] = from_here[h * 8 * kPairs / 4], m[b][h][1] = from_here[(kHead * kPairs + h * 8 * kPairs) / 4];
+  };
+  const auto load_local = [&](int step) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -101,32 +98,28 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
   };
   ensure(1);
   device::named_sync(barrier, 256);
-  load(0);  // its state; the transition is not used
+  load_local(0);
   take_local();
   put(0, sum);
-  load(1);
+  load_local(1);
+#pragma unroll
+  for (int b = 0; b < 4; ++b) load_part(1, b);
   ensure(min(2, steps));
   device::named_sync(barrier, 256);
 #pragma unroll 1
   for (int step = 1; step <= steps; ++step) {
     const int turn = (step - 1) & 1;
-    uint4 now[4][2][2];
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) now[b][h][0] = next[b][h][0], now[b][h][1] = next[b][h][1];
-    }
     take_local();
-    if (step < steps) load(step + 1);
+    if (step < steps) load_local(step + 1);
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
+      const uint4 &high0 = m[b][0][0], &low0 = m[b][0][1], &high8 = m[b][1][0], &low8 = m[b][1][1];
+      const uint32_t h0[4] = {high0.x, high8.x, high0.y, high8.y}, h1[4] = {high0.z, high8.z, high0.w, high8.w};
+      const uint32_t l0[4] = {low0.x, low8.x, low0.y, low8.y}, l1[4] = {low0.z, low8.z, low0.w, low8.w};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint4 x = *reinterpret_cast<const uint4*>(&s.high[turn][8 * n + g][16 * b + 4 * t]);
         const uint4 y = *reinterpret_cast<const uint4*>(&s.low[turn][8 * n + g][16 * b + 4 * t]);
-        const auto &high = now[b], &low = now[b];
-        const uint32_t h0[4] = {high[0][0].x, high[1][0].x, high[0][0].y, high[1][0].y}, l0[4] = {low[0][1].x, low[1][1].x, low[0][1].y, low[1][1].y};
-        const uint32_t h1[4] = {high[0][0].z, high[1][0].z, high[0][0].w, high[1][0].w}, l1[4] = {low[0][1].z, low[1][1].z, low[0][1].w, low[1][1].w};
         device::mma_16x8x16<Operand::bf16, false>(sum[n], l0, x.x, x.y);
         device::mma_16x8x16<Operand::bf16, false>(sum[n], h0, y.x, y.y);
         device::mma_16x8x16<Operand::bf16, false>(sum[n], h0, x.x, x.y);
@@ -134,6 +127,7 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
         device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, y.z, y.w);
         device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, x.z, x.w);
       }
+      if (step < steps) load_part(step + 1, b);
     }
     put(turn ^ 1, sum);
     float* to = states + static_cast<std::int64_t>(step) * kHead * kHead;

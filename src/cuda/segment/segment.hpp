@@ -18,6 +18,7 @@ struct Arguments {
   Mode mode;
   bool fixed;             // batch_invariant
   int forced;             // segments of every pair; 0: planned
+  bool rehearse;          // make the plan once beforehand, for its instructions: where `prepare` takes long enough to hide that
   int most_boundaries;    // what the workspace holds
   float enough;           // log of the tolerance
   const float* bounds;    // [HV][slots], log norm of each chunk's transition at most
