@@ -3,10 +3,10 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
-#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -44,9 +44,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-std::int64_t chunk_numbers(const Problem& p) {
-  return p.cu_seqlens == nullptr ? p.B * ((p.T + kChunk - 1) / kChunk) : p.T / kChunk + p.N;
-}
+std::int64_t chunk_numbers(const Problem& p) { return p.cu_seqlens == nullptr ? p.B * ((p.T + kChunk - 1) / kChunk) : p.T / kChunk + p.N; }
 
 segment::Mode mode_of(const Problem& p) {
   if (p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_OFF) return segment::Mode::off;
@@ -90,7 +88,8 @@ Layout layout_of(const Problem& p) {
   layout.scanned = aligned(layout.arrived + counts);
   layout.warm = aligned(layout.scanned + counts);
   layout.initial_read = aligned(layout.warm + counts);
-  layout.bounds = aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0));
+  layout.bounds =
+      aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0));
   layout.states = aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : chunk_numbers(p) * p.HV * 4));
   layout.transitions = aligned(layout.states + boundary);
   layout.records = aligned(layout.transitions + boundary);
@@ -185,7 +184,9 @@ void chunk_forward(const Problem& p) {
   const auto stream = static_cast<cudaStream_t>(p.stream);
   if (p.cu_seqlens != nullptr && wants_offset_check()) check_offsets(p, stream);
   if (p.N == 0 && p.B * p.T == 0) {
-    if (p.segment_counts.data != nullptr) check(cudaMemsetAsync(p.segment_counts.data, 0, 4 * sizeof(std::int32_t), stream), "clearing segment_counts");
+    if (p.segment_counts.data != nullptr) {
+      check(cudaMemsetAsync(p.segment_counts.data, 0, 4 * sizeof(std::int32_t), stream), "clearing segment_counts");
+    }
     return;
   }
 

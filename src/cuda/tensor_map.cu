@@ -19,7 +19,8 @@ Encode find_encode() {
   cudaDriverEntryPointQueryResult found{};
   check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found), "looking up the driver");
   if (found != cudaDriverEntryPointSuccess) {
-    throw op::Error(FLASHDELTA_UNAVAILABLE, "backend: the NVIDIA driver does not know tensor maps; the cuda backend needs CUDA 12 or newer");
+    throw op::Error(FLASHDELTA_UNAVAILABLE,
+                    "backend: the NVIDIA driver does not know tensor maps; the cuda backend needs CUDA 12 or newer");
   }
   return reinterpret_cast<Encode>(function);
 }
@@ -36,8 +37,8 @@ CUtensorMap make_tensor_map(const op::Tensor& tensor, const char* name) {
   const cuuint64_t strides[4] = {stride(1), static_cast<cuuint64_t>(kTile * bytes), stride(2), stride(0)};
   const cuuint32_t box[5] = {kTile, kChunk, kHead / kTile, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encode(&map, tensor.dtype == op::DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-                                 tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  const CUresult result = encode(&map, tensor.dtype == op::DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                 5, tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw op::Error(FLASHDELTA_VALUE_ERROR, std::string(name) + ": the driver refuses a tensor map of it (CUDA driver error " +

@@ -244,7 +244,9 @@ class Tiled {
   [[nodiscard]] std::vector<std::uint8_t> tile(const Box& at, std::int64_t end) const {
     std::vector<std::uint8_t> bytes(kBoxBytes);
     for (int t = 0; t < 64; ++t) {
-      for (int c = 0; c < kChannels; ++c) put(bytes, in_box(t, c), at.token + t < end ? numbers_[offset(at.row, at.token + t, at.head, c)] : 0);
+      for (int c = 0; c < kChannels; ++c) {
+        put(bytes, in_box(t, c), at.token + t < end ? numbers_[offset(at.row, at.token + t, at.head, c)] : 0);
+      }
     }
     return bytes;
   }

@@ -5,9 +5,7 @@
 
 namespace flashdelta::cuda::device {
 
-__device__ __forceinline__ std::uint32_t shared_address(const void* p) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ std::uint32_t shared_address(const void* p) { return static_cast<std::uint32_t>(__cvta_generic_to_shared(p)); }
 
 // A transaction barrier: a phase completes when `count` arrivals and all announced bytes are in.
 using Barrier = std::uint64_t;
@@ -32,11 +30,10 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier& b, int bytes) {
 }
 // Waits until the phase of parity `parity` has completed.
 __device__ __forceinline__ void barrier_wait(Barrier& b, int parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(
-          shared_address(&b)),
-      "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(
+                   shared_address(&b)),
+               "r"(parity)
+               : "memory");
 }
 
 // The same for a thread that may wait long: it polls once a microsecond at most, and wakes when the phase completes.
@@ -49,12 +46,8 @@ __device__ __forceinline__ void barrier_wait_long(Barrier& b, int parity) {
 }
 
 // Named barriers 1..15 (0 is __syncthreads): `threads` counts those that wait and those that only arrive.
-__device__ __forceinline__ void named_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+__device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // A count in shared memory, with the order that a barrier has: what was written before it is counted up is seen by who sees the count.
 __device__ __forceinline__ void count_up_if(int& count, bool condition) {

@@ -61,7 +61,10 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // Reads of shared memory that stay behind the waits above them.
 __device__ __forceinline__ float2 load_shared_pair(const float* p) {
   float2 r;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p))) : "memory");
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(r.x), "=f"(r.y)
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p)))
+               : "memory");
   return r;
 }
 __device__ __forceinline__ float4 load_shared_quad(const float4* p) {
@@ -87,7 +90,8 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t* f, std::
                : "memory");
 }
 __device__ __forceinline__ void store_matrices(std::uint32_t address, std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
 }
 __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, const std::uint32_t* f) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(f[0]), "r"(f[1]), "r"(f[2]),

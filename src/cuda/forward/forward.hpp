@@ -20,7 +20,7 @@ struct Arguments {
   int* counter;                     // hands out tickets; without a plan those after the first of each CTA
   Plan plan;
   States initial_state, final_state, saved_states;
-  int initial_state_bytes;          // of one head, where that lies in one piece; else 0
+  int initial_state_bytes;  // of one head, where that lies in one piece; else 0
   int checkpoint_chunks;
 };
 

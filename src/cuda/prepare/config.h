@@ -10,10 +10,11 @@ constexpr float kSplitAbove = 1.1F;
 // Where 16-bit operands no longer hold the contract: U is then what is left of much larger terms, and their rounding shows. Such a chunk is
 // marked hard, and the loop takes it token by token. Two things cancel: keys like one another (ratio: the mean of (k_i . k_j)^2 over
 // neighbours, weighted by beta and the gates between them; 1 for equal keys), and betas near 2 (reflections forget nothing). A chunk is
-// hard above beta_square * (1 + lasting * exp(sum of its gates)) * mean(beta^2) + ratio * (the ratio) = 1, or above a ratio alone. Measured on 512 tokens, a quarter of the heads
-// without gate (error of o): bf16, contract 5e-3: beta 1 with cosine 0 / 0.7 / 0.9: 4.1e-3 / 4.7e-3 / 5.4e-3; beta 0.5 with cosine
-// 0.9 / 0.99: 4.6e-3 / 6.3e-3; beta 1.5, cosine 0: 5.1e-3. fp16, contract 1e-3: beta 1 with cosine 0 / 0.5 / 0.9: 5.4e-4 / 9.2e-4 /
-// 1.2e-3; beta 2, cosine 0: 1.03e-3. final_state, contract 4e-3, bf16 without any gate: beta 1: 4.1e-3, beta uniform in 0..2: 4.5e-3.
+// hard above beta_square * (1 + lasting * exp(sum of its gates)) * mean(beta^2) + ratio * (the ratio) = 1, or above a ratio alone. Measured
+// on 512 tokens, a quarter of the heads without gate (error of o): bf16, contract 5e-3: beta 1 with cosine 0 / 0.7 / 0.9: 4.1e-3 / 4.7e-3
+// / 5.4e-3; beta 0.5 with cosine 0.9 / 0.99: 4.6e-3 / 6.3e-3; beta 1.5, cosine 0: 5.1e-3. fp16, contract 1e-3: beta 1 with cosine 0 / 0.5 /
+// 0.9: 5.4e-4 / 9.2e-4 / 1.2e-3; beta 2, cosine 0: 1.03e-3. final_state, contract 4e-3, bf16 without any gate: beta 1: 4.1e-3, beta uniform
+// in 0..2: 4.5e-3.
 struct Hardness {
   float beta_square, lasting, ratio, ratio_alone;
 };

@@ -14,10 +14,10 @@ struct Arguments {
   int slots, H, group;  // chunk numbers in use at most, key heads, value heads per key head
   bool l2norm, gate_in_kernel, beta_sigmoid, neg_eigval;
   Scalars g, beta, A_log, dt_bias;
-  unsigned char* records;      // [slots, HV, record_bytes]
-  CUtensorMap* bounded_maps;   // [N, kMaps]; null where no map needs a bound
-  int* counter;                // set to 0: the loop's items are handed out by it
-  float* bounds;               // [HV, slots], the log norm of each chunk's transition at most; null: not wanted
+  unsigned char* records;     // [slots, HV, record_bytes]
+  CUtensorMap* bounded_maps;  // [N, kMaps]; null where no map needs a bound
+  int* counter;               // set to 0: the loop's items are handed out by it
+  float* bounds;              // [HV, slots], the log norm of each chunk's transition at most; null: not wanted
   // Rows of o that belong to no sequence are set to zero here (packed calls).
   unsigned char* o;
   std::int64_t o_token, o_head;  // strides in bytes

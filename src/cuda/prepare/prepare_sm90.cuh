@@ -23,9 +23,9 @@ using std::uint32_t;
 
 // One value head's factors, per token of the chunk; b is beta, times 4^e where keys are scaled by 2^-e.
 struct Factors {
-  float2 gate[kChunk];     // c in units of log 2, -b
-  __half row[kChunk];      // -b exp(c - c at the end of the block before)
-  __half column[kChunk];   // exp(c at the end of this block - c)
+  float2 gate[kChunk];    // c in units of log 2, -b
+  __half row[kChunk];     // -b exp(c - c at the end of the block before)
+  __half column[kChunk];  // exp(c at the end of this block - c)
 };
 
 // Where a work item, a chunk of a key head, lies.
@@ -41,10 +41,10 @@ struct alignas(1024) Shared {
   float g[Warps][kChunk + 8], beta[Warps][kChunk + 8];  // as given; padded, because they are written head by head
   float norm[kChunk];                                   // |k|^2
   float key_scale[kChunk];                              // what keys are multiplied by, where they are
-  float2 diagonal[4][3][32];        // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
-  uint32_t above[6][2][2][32];      // blocks above the diagonal, [pair][row half][column half][lane], fp16
-  uint32_t above_rest[6][2][2][32]; // what fp16 lost of them
-  Place place[4];                   // of items n % 4: warps are at most one item apart
+  float2 diagonal[4][3][32];                            // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
+  uint32_t above[6][2][2][32];                          // blocks above the diagonal, [pair][row half][column half][lane], fp16
+  uint32_t above_rest[6][2][2][32];                     // what fp16 lost of them
+  Place place[4];                                       // of items n % 4: warps are at most one item apart
   Barrier full;
 };
 
@@ -75,7 +75,8 @@ __host__ __device__ constexpr bool needs_column(int low, int high, int m) {
 template <Operand Type, int Low, int High>
 __device__ __forceinline__ void gram(float (*sum)[4], uint32_t address_a, uint32_t address_b) {
   constexpr bool row[4] = {needs_row(Low, High, 0), needs_row(Low, High, 1), needs_row(Low, High, 2), needs_row(Low, High, 3)};
-  constexpr bool column[4] = {needs_column(Low, High, 0), needs_column(Low, High, 1), needs_column(Low, High, 2), needs_column(Low, High, 3)};
+  constexpr bool column[4] = {needs_column(Low, High, 0), needs_column(Low, High, 1), needs_column(Low, High, 2),
+                              needs_column(Low, High, 3)};
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
     uint32_t a[4][4], b[4][4];
@@ -87,7 +88,7 @@ __device__ __forceinline__ void gram(float (*sum)[4], uint32_t address_a, uint32
     }
 #pragma unroll
     for (int u = Low; u < High; ++u) {
-        const Tile t = tile(u);
+      const Tile t = tile(u);
       if (step == 0) {
         device::mma_16x8x16<Type, true>(sum[u - Low], a[t.j], b[t.m][2 * t.v], b[t.m][2 * t.v + 1]);
       } else {
@@ -119,8 +120,8 @@ __device__ __forceinline__ float scale_of(KeyScale scale, float norm) {
 // Warp I of W: its tiles of K K^T, exchanged through shared memory. `between` runs when every warp is done with K and with the item
 // before. may_want_rest: some head of this thread may need split operands. Register numbers depend on the warp, hence a copy for each.
 template <Operand Type, int W, int I, class S, class WantsRest, class Between>
-__device__ __forceinline__ KeyScale gram_of_warp(S& s, uint32_t address_a, uint32_t address_b, bool l2norm, const WantsRest& may_want_rest, int lane,
-                                                 const Between& between) {
+__device__ __forceinline__ KeyScale gram_of_warp(S& s, uint32_t address_a, uint32_t address_b, bool l2norm, const WantsRest& may_want_rest,
+                                                 int lane, const Between& between) {
   constexpr int Low = 20 * I / W, High = 20 * (I + 1) / W;
   const int r = lane >> 2, q = lane & 3;
   float sum[High - Low][4];
@@ -172,8 +173,8 @@ __device__ __forceinline__ KeyScale gram_of_warp(S& s, uint32_t address_a, uint3
 
 // K K^T, shared out over the warps.
 template <Operand Type, int W, int I = 0, class S, class WantsRest, class Between>
-__device__ __forceinline__ KeyScale key_products(S& s, uint32_t address_a, uint32_t address_b, bool l2norm, const WantsRest& wants_rest, int warp,
-                                                 int lane, const Between& between) {
+__device__ __forceinline__ KeyScale key_products(S& s, uint32_t address_a, uint32_t address_b, bool l2norm, const WantsRest& wants_rest,
+                                                 int warp, int lane, const Between& between) {
   if constexpr (I + 1 < W) {
     if (warp != I) return key_products<Type, W, I + 1>(s, address_a, address_b, l2norm, wants_rest, warp, lane, between);
   }
@@ -275,8 +276,8 @@ struct BlockDecay {
 };
 
 // Everything of a value head that is per token. Returns whether the inverse needs split operands.
-__device__ __forceinline__ bool make_factors(const Gates& x, const float* key_scale, KeyScale scale, Factors& f, BlockDecay& decay, float2& c,
-                                             int lane) {
+__device__ __forceinline__ bool make_factors(const Gates& x, const float* key_scale, KeyScale scale, Factors& f, BlockDecay& decay,
+                                             float2& c, int lane) {
   float sum = x.g0 + x.g1;
 #pragma unroll
   for (int o = 1; o < 32; o <<= 1) {
@@ -357,7 +358,8 @@ __device__ __noinline__ void save(const Arguments& a, const Place& at, int head,
     if (2 * lane + 1 < at.rows) to[a.saved_c.token] = before + log_gates.x + log_gates.y;
   }
   if (a.saved_T.data == nullptr) return;
-  float* to = static_cast<float*>(const_cast<void*>(a.saved_T.data)) + at.row * a.saved_T.row + at.token * a.saved_T.token + head * a.saved_T.head;
+  float* to =
+      static_cast<float*>(const_cast<void*>(a.saved_T.data)) + at.row * a.saved_T.row + at.token * a.saved_T.token + head * a.saved_T.head;
   for (int e = lane; e < at.rows * kChunk; e += 32) {
     const int i = e / kChunk, j = e % kChunk;
     float x = 0.F;
@@ -389,7 +391,8 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
     const float2 R0 = f.gate[16 * i + r], R1 = f.gate[16 * i + 8 + r];
-    const float4 C0 = *reinterpret_cast<const float4*>(&f.gate[16 * i + 2 * q]), C1 = *reinterpret_cast<const float4*>(&f.gate[16 * i + 8 + 2 * q]);
+    const float4 C0 = *reinterpret_cast<const float4*>(&f.gate[16 * i + 2 * q]),
+                 C1 = *reinterpret_cast<const float4*>(&f.gate[16 * i + 8 + 2 * q]);
     const float2 d0 = s.diagonal[i][0][lane], d1 = s.diagonal[i][1][lane], d2 = s.diagonal[i][2][lane];
     // -L^T above the diagonal; the one entry of -L that width 2 needs sits where on_second.
     const float w0 = device::exp2_fast(-fabsf(R0.x - C0.x)) * (on_second ? R0.y : C0.y), w1 = device::exp2_fast(-fabsf(R0.x - C0.z)) * C0.w;
@@ -453,8 +456,10 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
       };
       scaled(ta, ta_rest, f0, 0), scaled(transpose_matrix(th), transpose_matrix(th_rest), f1, 1), scaled(tb, tb_rest, f1, 2);
     } else {
-      const uint32_t f0 = *reinterpret_cast<const uint32_t*>(&f.column[16 * i + 2 * q]), f1 = *reinterpret_cast<const uint32_t*>(&f.column[16 * i + 8 + 2 * q]);
-      Tb[i][0] = device::multiply_f16(ta, f0), Tb[i][1] = device::multiply_f16(transpose_matrix(th), f1), Tb[i][2] = device::multiply_f16(tb, f1);
+      const uint32_t f0 = *reinterpret_cast<const uint32_t*>(&f.column[16 * i + 2 * q]),
+                     f1 = *reinterpret_cast<const uint32_t*>(&f.column[16 * i + 8 + 2 * q]);
+      Tb[i][0] = device::multiply_f16(ta, f0), Tb[i][1] = device::multiply_f16(transpose_matrix(th), f1),
+      Tb[i][2] = device::multiply_f16(tb, f1);
     }
   }
   // Blocks below the diagonal, column by column from the right: T_IJ = (sum over M of T_IM (-L_MJ)) T_JJ, L without its column factor,
@@ -509,7 +514,10 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
       const uint32_t a[4] = {pack_f16(z[0], z[1]), pack_f16(z[2], z[3]), pack_f16(z[4], z[5]), pack_f16(z[6], z[7])};
       mma_16x8x16<Operand::f16, true>(t, a, Tb[j][0], Tb[j][1]);
       mma_16x8x8<true>(t + 4, a[2], a[3], Tb[j][2]);
-      if constexpr (Split) mma_16x8x16<Operand::f16, false>(t, a, Tb_rest[j][0], Tb_rest[j][1]), mma_16x8x8<false>(t + 4, a[2], a[3], Tb_rest[j][2]);
+      if constexpr (Split) {
+        mma_16x8x16<Operand::f16, false>(t, a, Tb_rest[j][0], Tb_rest[j][1]);
+        mma_16x8x8<false>(t + 4, a[2], a[3], Tb_rest[j][2]);
+      }
       put_block<Type>(out, i, j, t);
       if (j == 0) continue;
 #pragma unroll
@@ -528,8 +536,8 @@ static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a)
   const int low = a.sequences.offset(0), high = max(low, a.sequences.offset(a.sequences.N));
   const int heads = a.H * a.group, outside = a.sequences.T - (high - low);
   constexpr int kUnits = kHead * 2 / 16;
-  for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; e < static_cast<std::int64_t>(outside) * heads * kUnits;
-       e += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+  for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       e < static_cast<std::int64_t>(outside) * heads * kUnits; e += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
     const int unit = e % kUnits, head = e / kUnits % heads, i = static_cast<int>(e / kUnits / heads);
     const int token = i < low ? i : high + (i - low);
     *reinterpret_cast<uint4*>(a.o + token * a.o_token + head * a.o_head + unit * 16) = make_uint4(0, 0, 0, 0);
@@ -547,7 +555,8 @@ static __device__ __noinline__ void zero_saved_of_no_sequence(const Arguments& a
       for (int e = tid; e < heads * kChunk; e += threads) {
         const int head = e / kChunk, j = e % kChunk;
         if (a.saved_T.data != nullptr) {
-          static_cast<float*>(const_cast<void*>(a.saved_T.data))[token * a.saved_T.token + head * a.saved_T.head + j * a.saved_T_column] = 0.F;
+          static_cast<float*>(const_cast<void*>(a.saved_T.data))[token * a.saved_T.token + head * a.saved_T.head + j * a.saved_T_column] =
+              0.F;
         }
         if (a.saved_c.data != nullptr && j == 0) {
           static_cast<float*>(const_cast<void*>(a.saved_c.data))[token * a.saved_c.token + head * a.saved_c.head] = 0.F;
@@ -569,8 +578,9 @@ static __device__ __noinline__ void zero_saved_of_no_sequence(const Arguments& a
     for (std::int64_t e = from * heads * kHead * kHead + tid; e < until * heads * kHead * kHead; e += threads) {
       const int v = e % kHead, k = e / kHead % kHead;
       const std::int64_t row = e / kHead / kHead;
-      device::store_element(a.saved_states.data, a.saved_states.type,
-                            row / heads * a.saved_states.sequence + row % heads * a.saved_states.head + k * a.saved_states.k + v * a.saved_states.v, 0.F);
+      device::store_element(
+          a.saved_states.data, a.saved_states.type,
+          row / heads * a.saved_states.sequence + row % heads * a.saved_states.head + k * a.saved_states.k + v * a.saved_states.v, 0.F);
     }
   }
 }
@@ -599,7 +609,7 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, int ro
 
 // Bounded maps of the sequences from `first` on, one in `step`, whose last chunk is not full. One warp.
 static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
-                                        const CUtensorMap& o, int first, int step, unsigned char* scratch, int lane) {
+                                               const CUtensorMap& o, int first, int step, unsigned char* scratch, int lane) {
   for (int n = first; n < a.sequences.N; n += step) {
     const Sequences::Span span = a.sequences.span(n);
     if (span.length % kChunk == 0) continue;
@@ -614,8 +624,9 @@ static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtenso
 
 template <Operand Type, int W>
 __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
-    prepare_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
-                   const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_o) {
+    prepare_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
+                   const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
+                   const __grid_constant__ CUtensorMap map_o) {
   extern __shared__ __align__(1024) unsigned char raw[];
   // The declared array's own address: rounded up as an integer it would become generic loads. The launch checks nothing else is static.
   Shared<W>& s = *reinterpret_cast<Shared<W>*>(raw);
@@ -656,7 +667,8 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
   device::allow_dependent_launch();
 
   const uint32_t address_a = device::shared_address(s.k[0]) + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
-  const uint32_t address_b = device::shared_address(s.k[0]) + ((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
+  const uint32_t address_b =
+      device::shared_address(s.k[0]) + ((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
   const uint32_t record = device::shared_address(s.record[warp]);
   const uint32_t record_row = record + (lane & 15) * 32 + (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
 #pragma unroll 1

@@ -10,7 +10,7 @@
 namespace flashdelta::cuda {
 
 // Where an item's state comes from and where it goes.
-enum class From : std::int32_t { start, zero, identity, boundary };         // start: the sequence's initial state
+enum class From : std::int32_t { start, zero, identity, boundary };  // start: the sequence's initial state
 enum class To : std::int32_t { nowhere, final_state, boundary, transition };
 
 // One value head of one sequence over chunks [first, first + chunks). The first `warm` of them only move the state on: they warm it up, or
@@ -42,10 +42,10 @@ struct PlanHeader {
 struct Plan {
   PlanHeader* header;  // null: no plan, all tickets are pairs
   Item* items;
-  std::int32_t* arrived;   // per boundary
-  std::int32_t* scanned;   // per boundary: column blocks of its state that the scan has done
-  std::int32_t* warm;      // per boundary: chunks of warm-up that reach its state; 0: none are enough
-  float* states;           // per boundary: [128][128]; the local state first where the scan makes it whole
+  std::int32_t* arrived;       // per boundary
+  std::int32_t* scanned;       // per boundary: column blocks of its state that the scan has done
+  std::int32_t* warm;          // per boundary: chunks of warm-up that reach its state; 0: none are enough
+  float* states;               // per boundary: [128][128]; the local state first where the scan makes it whole
   std::uint32_t* transitions;  // per boundary: 64 KB, of the segment that ends there, in scan_sm90.cuh's form
   std::int32_t* initial_read;  // per pair, where final_state overwrites initial_state: 2 once the initial state has been read; else null
 };
