@@ -1,0 +1,42 @@
+// What the warps of a CTA share while they prepare a work item.
+#pragma once
+
+#include "cuda/device/barrier.cuh"
+#include "cuda/device/fragment.cuh"
+#include "cuda/layout.cuh"
+#include "cuda/prepare/prepare.hpp"
+
+namespace flashdelta::cuda::prepare {
+
+using device::Barrier;
+using device::Operand;
+using std::uint32_t;
+
+// One value head's factors, per token of the chunk; b is beta, times 4^e where keys are scaled by 2^-e.
+struct Factors {
+  float2 gate[kChunk];    // c in units of log 2, -b
+  __half row[kChunk];     // -b exp(c - c at the end of the block before)
+  __half column[kChunk];  // exp(c at the end of this block - c)
+};
+
+// Where a work item, a chunk of a key head, lies.
+struct Place {
+  int row, token, rows, slot, h;  // rows: tokens of the chunk; 0 where no sequence uses the number, or where no work is left
+};
+
+template <int Warps>
+struct alignas(1024) Shared {
+  unsigned char k[2][kChunk * 128];  // two halves of K, 128-byte swizzled
+  unsigned char record[Warps][record_bytes(true)];
+  Factors factors[Warps];
+  float g[Warps][kChunk + 8], beta[Warps][kChunk + 8];  // as given; padded, because they are written head by head
+  float norm[kChunk];                                   // |k|^2
+  float key_scale[kChunk];                              // what keys are multiplied by, where they are
+  float2 diagonal[4][3][32];                            // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
+  uint32_t above[6][2][2][32];                          // blocks above the diagonal, [pair][row half][column half][lane], fp16
+  uint32_t above_rest[6][2][2][32];                     // what fp16 lost of them
+  Place place[4];                                       // of items n % 4: warps are at most one item apart
+  Barrier full;
+};
+
+}  // namespace flashdelta::cuda::prepare
