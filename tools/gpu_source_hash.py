@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints the hash of everything that decides what the GPU tests test.
 
-It covers path and content of every file in src/cuda, include and tests/gpu (the record itself aside), sorted by path, so that it
+It covers path and content of every file in src/cuda, include and tests/gpu (the record and texts, *.md, aside), sorted by path, so that it
 depends neither on git nor on the order in which a file system lists them. The build compiles it into flashdelta_gpu_tests, and
 tools/check_gpu_record.py compares it with the one in tests/gpu/record.json.
 """
@@ -19,7 +19,8 @@ def gpu_source_hash(root: Path = ROOT) -> str:
     """Hex SHA-256 over (path, length, content) of every hashed file below `root`."""
     paths = [path.relative_to(root) for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file()]
     # Editors' and systems' leftovers are no sources; they start with a dot or end with a tilde.
-    names = sorted(p.as_posix() for p in paths if not any(part.startswith(".") or part.endswith("~") for part in p.parts))
+    hidden = [p for p in paths if any(part.startswith(".") or part.endswith("~") for part in p.parts)]
+    names = sorted(p.as_posix() for p in paths if p not in hidden and p.suffix != ".md")
     digest = hashlib.sha256()
     for name in names:
         if name == RECORD:

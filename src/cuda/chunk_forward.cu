@@ -47,7 +47,8 @@ class DeviceGuard {
 std::int64_t chunk_numbers(const Problem& p) { return p.cu_seqlens == nullptr ? p.B * ((p.T + kChunk - 1) / kChunk) : p.T / kChunk + p.N; }
 
 segment::Mode mode_of(const Problem& p) {
-  if (p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_OFF) return segment::Mode::off;
+  // Token by token means few tokens: nothing to cut.
+  if (p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_OFF || p.operation == op::Operation::recurrent_forward) return segment::Mode::off;
   return p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_EXACT ? segment::Mode::exact : segment::Mode::automatic;
 }
 

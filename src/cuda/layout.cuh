@@ -10,9 +10,9 @@
 
 namespace flashdelta::cuda {
 
-constexpr int kChunk = 64;   // tokens of a chunk: one wgmma M
-constexpr int kHead = 128;   // K and V
-constexpr int kTile = 64;    // channels of a shared-memory tile: 128 bytes, the widest swizzle
+constexpr int kChunk = 64;  // tokens of a chunk: one wgmma M
+constexpr int kHead = 128;  // K and V
+constexpr int kTile = 64;   // channels of a shared-memory tile: 128 bytes, the widest swizzle
 constexpr float kLog2e = 1.4426950408889634F;
 
 // A log gate below this forgets everything in float32 (exp(-128) is less than half its smallest number), and -inf would leave inf - inf
@@ -31,7 +31,7 @@ constexpr float kLowestSavedGate = -1000.F;  // of saved_c, whose values others 
 constexpr int kPanelBytes = 5120;
 constexpr int kFactorBytes = kChunk * 4;
 constexpr int kExponentBytes = kChunk + 16;  // with `hard`, padded to what bulk copies take
-struct RecordTail {  // what follows the panels
+struct RecordTail {                          // what follows the panels
   float c[kChunk];
   float beta[kChunk];
   signed char exponent[kChunk];

@@ -32,11 +32,10 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* fr
 }
 // `bytes` (a multiple of 16) as they lie.
 __device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes, Barrier& full) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(kEvictFirst)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(kEvictFirst)
+               : "memory");
 }
 __device__ __forceinline__ void store_bytes(void* to, std::uint32_t from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes)

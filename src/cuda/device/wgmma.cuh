@@ -48,10 +48,10 @@ __device__ __forceinline__ void hold(float (&d)[N]) {
 // Operand lists and instruction texts cannot be made by templates. FD_NEW: the accumulator is only written, FD_ADD: added to.
 #define FD_LIST16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define FD_LIST32 FD_LIST16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define FD_LIST64                                                                                                     \
-  FD_LIST32                                                                                                           \
-      ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
-      "%59,%60,%61,%62,%63"
+#define FD_LIST64                                                                                                 \
+  FD_LIST32                                                                                                       \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
+  "%59,%60,%61,%62,%63"
 #define FD_4(mode, d, i) mode(d[i]), mode(d[(i) + 1]), mode(d[(i) + 2]), mode(d[(i) + 3])
 #define FD_16(mode, d, i) FD_4(mode, d, i), FD_4(mode, d, (i) + 4), FD_4(mode, d, (i) + 8), FD_4(mode, d, (i) + 12)
 #define FD_32(mode, d) FD_16(mode, d, 0), FD_16(mode, d, 16)

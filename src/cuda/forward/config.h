@@ -10,7 +10,7 @@ constexpr int kThreads = 512;  // an auxiliary warpgroup, two consumers, and one
 constexpr int kStages = 3;
 constexpr int kValueStages = 4;
 
-// Registers per thread: 208 * 256 + 72 * 128 + 24 * 128 = 65,536. Consumers below 208 make ptxas serialise the products (C7512).
+// Registers per thread: 208 * 256 + 64 * 128 + 32 * 128 = 65,536. Consumers below 208 make ptxas serialise the products (C7512).
 constexpr int kConsumerRegisters = 208;
 constexpr int kAuxiliaryRegisters = 64;
 constexpr int kProducerRegisters = 32;

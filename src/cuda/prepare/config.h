@@ -3,7 +3,8 @@
 
 namespace flashdelta::cuda::prepare {
 
-// Above this largest beta |k|^2 of a chunk, operands of the inverse are held as two fp16 numbers. At 1 with keys of cosine 0.9 one number
+// Above this largest beta |k|^2 of a chunk, and where T itself is wanted, operands of the inverse are held as two fp16 numbers. At 1 with
+// keys of cosine 0.9 one number
 // gives T an error of 1.4e-3, at 2 with equal keys 7.5e-3 (two: 2.0e-3); the contract leaves o 5e-3.
 constexpr float kSplitAbove = 1.1F;
 
@@ -22,7 +23,7 @@ constexpr Hardness kHardBf16{0.57F, 0.8F, 0.69F, 0.85F};
 constexpr Hardness kHardF16{0.35F, 0.F, 2.F, 0.5F};
 // The ratio says nothing where all of L is small: below this sum of squares of what weighs it.
 constexpr float kSmallestWeight = 0.5F;
-// fp16 alone: keys of |k| >= 2^5 come with values below its normal numbers on one side of a product.
+// fp16 alone: keys of |k|^2 >= 512 come with values below its normal numbers on one side of a product.
 constexpr int kHardExponentF16 = 5;
 
 // Keys up to this |k|^2 go into fp16 products as they are; larger ones (or with the l2-norm, all) are first scaled to length 1, since fp16

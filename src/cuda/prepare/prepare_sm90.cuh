@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       __syncthreads();
     }
     if (warp == 0) find(next);
-    const auto wants_rest = [&] { return false; };
+    // The loop takes chunks whose T would need it token by token; a backward reads T itself.
+    const auto wants_rest = [&] { return a.saved_T.data != nullptr; };
     const KeyScale scale = key_products<Type, W>(s, address_a, address_b, a.l2norm, wants_rest, warp, lane, [&] {
       given.put(a, s, tid);
       if (tid == 0 && next.rows > 0) load_k(next);
@@ -152,7 +153,8 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
         const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
         if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * a.slots + here.slot] = bound;
       }
-      const float2 squares = invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
+      const float2 squares = split && a.saved_T.data != nullptr ? invert<Type, true>(s, s.factors[warp], decay, record_row, lane)
+                                                                : invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
       const bool hard = is_hard<Type>(squares, s.factors[warp], here.rows, scale, tail, lane);
       if (lane == 0) tail.hard = hard ? 1 : 0;
       if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, s.record[warp], whole, lane);

@@ -45,11 +45,13 @@ __device__ __forceinline__ Split split(float x, float y) {
 }
 
 // Warps 0..7, all together; `barrier` is theirs. `done` counts steps that all of them have written.
-__device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, int barrier, int& done, int warp, int lane) {
+__device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, int barrier, int& done, int warp,
+                                                int lane) {
   const int g = lane / 4, t = lane % 4, steps = item.scan_steps, from = item.from_boundary;
-  float* states = plan.states + static_cast<std::int64_t>(from) * kHead * kHead + (16 * warp + g) * kHead + item.first * kScanColumns + 2 * t;
-  const uint4* transitions = reinterpret_cast<const uint4*>(plan.transitions + static_cast<std::int64_t>(from) * kHead * kHead +
-                                                            (16 * warp + g) * kPairs + 4 * t);
+  float* states =
+      plan.states + static_cast<std::int64_t>(from) * kHead * kHead + (16 * warp + g) * kHead + item.first * kScanColumns + 2 * t;
+  const uint4* transitions =
+      reinterpret_cast<const uint4*>(plan.transitions + static_cast<std::int64_t>(from) * kHead * kHead + (16 * warp + g) * kPairs + 4 * t);
   // Boundaries up to `known` have arrived; the first warp looks at 32 at once.
   int known = -1;
   const auto ensure = [&](int step) {

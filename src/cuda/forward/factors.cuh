@@ -1,0 +1,160 @@
+// What is made for the consumers: per-token factors by the factor warps (one token a thread), P by the auxiliary warpgroup.
+#pragma once
+
+#include "cuda/device/copy.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/forward/shared.cuh"
+
+namespace flashdelta::cuda::forward {
+
+// 1 / |q| of a row of the q tile.
+template <Operand Type>
+__device__ __forceinline__ float inverse_query_norm(const Shared& s, int stage, int row) {
+  float sum = 0.F;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 2
+    for (int unit = 0; unit < 8; ++unit) {
+      // Rows start at different units, or their banks would meet.
+      const uint4 x = *reinterpret_cast<const uint4*>(s.q[stage][half] + row * 128 + ((unit + row) & 7) * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = device::unpack<Type>(i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w);
+        sum = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, sum));
+      }
+    }
+  }
+  return rsqrtf(sum + 1e-6F);
+}
+
+// In the scanning consumers' place: a release to the whole device takes longer than a step.
+__device__ __forceinline__ void announce_steps(const Arguments& a, Shared& s, const Item& item) {
+#pragma unroll 1
+  for (int step = 1; step <= item.scan_steps; ++step) {
+    while (device::count(s.scanned) == s.announced) __nanosleep(20);
+    segment::add_to_count(&a.plan.scanned[item.from_boundary + step]);
+    s.announced = s.announced + 1;
+  }
+}
+
+template <Operand Type>
+__device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int token) {
+  WorkReader works;
+  Place<kStages> stage;
+  Place<kValueStages> v_stage;
+#pragma unroll 1
+  for (;; works.done(s)) {
+    const Work& work = works.next(s);
+    const int chunks = work.item.chunks;
+    if (chunks < 0) return;
+    if (work.item.scan_steps > 0 && token == 0) announce_steps(a, s, work.item);
+    const bool values = work.values();
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int at = stage.at;
+      device::barrier_wait(s.loaded[at], stage.parity);
+      const RecordTail& record = s.t[at].tail;
+      // Keys scaled by 2^-e count as normalised ones whose values are scaled by 2^e; the record's beta has that factor.
+      const float key = a.l2norm ? record.norm[token] : exp2f(-static_cast<float>(record.exponent[token]));
+      const float query = a.l2norm && work.full(chunk) ? a.scale * inverse_query_norm<Type>(s, at, token) : a.scale;
+      s.query[at][token] = query;
+      s.key[at][token] = key;
+      device::barrier_arrive(s.normed[at]);
+      const float c = record.c[token], last = record.c[kChunk - 1], gamma = device::exp2_fast(c);
+      const float beta = record.beta[token];
+      auto* solve = reinterpret_cast<float*>(&s.solve[at][token / 2]) + token % 2;
+      solve[0] = -gamma * (a.l2norm ? key : 1.F) * beta, solve[2] = beta;
+      s.write[at][token] = device::exp2_fast(last - c) * key;
+      s.out[at][token] = gamma * query;
+      if (token == 0) s.decay[at] = device::exp2_fast(last);
+      // So that the consumers have one barrier to wait for.
+      if (values) {
+        device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+        v_stage.next();
+      }
+      device::barrier_arrive(s.made[at]);
+      stage.next();
+    }
+  }
+}
+
+// --- the auxiliary warpgroup: P
+
+// Blocks (warp, 0 .. Blocks - 1) of P = scale * lower(q k^T) * G, from the rows of q k^T that this warp holds.
+template <Operand Type, int Blocks>
+__device__ __forceinline__ void make_p(const float (&A)[32], const float* c, const float* key, const float (&row_scale)[2], uint32_t to,
+                                       int warp, int lane) {
+  const int row = warp * 16 + lane / 4, column = 2 * (lane % 4);
+  const float c0 = c[row], c1 = c[row + 8];
+#pragma unroll
+  for (int J = 0; J < Blocks; ++J) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int j = 16 * J + 8 * v + column, e = 8 * J + 4 * v;
+      const float2 cj = *reinterpret_cast<const float2*>(c + j);
+      const float2 nj = *reinterpret_cast<const float2*>(key + j);
+      const float left0 = row_scale[0] * nj.x, right0 = row_scale[0] * nj.y, left1 = row_scale[1] * nj.x, right1 = row_scale[1] * nj.y;
+      float p00 = A[e] * left0 * device::exp2_fast(c0 - cj.x), p01 = A[e + 1] * right0 * device::exp2_fast(c0 - cj.y);
+      float p10 = A[e + 2] * left1 * device::exp2_fast(c1 - cj.x), p11 = A[e + 3] * right1 * device::exp2_fast(c1 - cj.y);
+      // Selected, not multiplied: above the diagonal the exponential may be infinite.
+      p00 = j <= row ? p00 : 0.F, p01 = j + 1 <= row ? p01 : 0.F;
+      p10 = j <= row + 8 ? p10 : 0.F, p11 = j + 1 <= row + 8 ? p11 : 0.F;
+      packed[2 * v] = device::pack<Type>(p00, p01), packed[2 * v + 1] = device::pack<Type>(p10, p11);
+    }
+    device::store_matrices(to + staged_panel(J), packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
+template <Operand Type>
+__device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
+  const int lane = tid % 32, warp = __shfl_sync(~0U, tid / 32, 0);
+  WorkReader works;
+  Place<kStages> stage;
+#pragma unroll 1
+  for (;; works.done(s)) {
+    const Work& work = works.next(s);
+    const int chunks = work.item.chunks;
+    if (chunks < 0) return;
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int at = stage.at;
+      const float* c = s.t[at].tail.c;
+      device::barrier_wait(s.loaded[at], stage.parity);
+      if (!work.full(chunk)) {
+        device::barrier_arrive(s.made[at]);
+        stage.next();
+        continue;
+      }
+      float A[32];
+      const uint64_t q = device::describe_rows_128(s.q[at][0]), k = device::describe_rows_128(s.k[at][0]);
+      device::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 8; ++step) {
+        const int bytes = (step / 4) * kChunk * 128 + (step % 4) * 32;
+        if (step == 0) {
+          device::wgmma_ss_n64<Type, true>(A, q, k);
+        } else {
+          device::wgmma_ss_n64<Type, false>(A, device::advance(q, bytes), device::advance(k, bytes));
+        }
+      }
+      device::wgmma_commit();
+      const int row = warp * 16 + lane / 4;
+      device::barrier_wait(s.normed[at], stage.parity);
+      const float row_scale[2] = {s.query[at][row], s.query[at][row + 8]};
+      device::wgmma_wait<0>();
+      device::hold(A);
+      const int stored_row = warp * 16 + (lane & 15);
+      const uint32_t to = device::shared_address(s.p[at]) + stored_row * 32 + (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
+      if (warp == 0) make_p<Type, 1>(A, c, s.key[at], row_scale, to, 0, lane);
+      if (warp == 1) make_p<Type, 2>(A, c, s.key[at], row_scale, to, 1, lane);
+      if (warp == 2) make_p<Type, 3>(A, c, s.key[at], row_scale, to, 2, lane);
+      if (warp == 3) make_p<Type, 4>(A, c, s.key[at], row_scale, to, 3, lane);
+      device::fence_shared_to_async();
+      device::barrier_arrive(s.made[at]);
+      stage.next();
+    }
+  }
+}
+
+}  // namespace flashdelta::cuda::forward

@@ -1,0 +1,152 @@
+// The producer threads: one hands out work and loads keys, queries and records, the other loads values and stores outputs.
+#pragma once
+
+#include "cuda/device/copy.cuh"
+#include "cuda/forward/shared.cuh"
+
+namespace flashdelta::cuda::forward {
+
+// The chunk of an item that wants bounded maps, being a packed sequence's last and not full, or -1.
+__device__ __forceinline__ int tail_of(const Arguments& a, const Work& work) {
+  const int end = work.item.first + work.item.chunks;
+  return a.bounded_maps != nullptr && end * kChunk > work.length ? work.item.chunks - 1 : -1;
+}
+
+// Hands out work: a plan's items ticket by ticket, then the (sequence, head) pairs that the plan leaves whole.
+struct Claims {
+  int tickets = 0, longest_whole = 1 << 30, more = -1, first;
+
+  __device__ __forceinline__ explicit Claims(const Arguments& a) {
+    // Without a plan no item waits for another, and the first ticket may be the block's own.
+    first = a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : -1;
+    if (a.plan.header != nullptr) tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole;
+  }
+  __device__ __forceinline__ int ticket(const Arguments& a) {
+    if (first >= 0) {
+      const int mine = first;
+      first = -1;
+      return mine;
+    }
+    return atomicAdd(a.counter, 1) + (a.plan.header == nullptr ? static_cast<int>(gridDim.x) : 0);
+  }
+  __device__ __forceinline__ void next(const Arguments& a, Work& to) {
+    int index = more, pair = 0;
+    more = -1;
+    if (index < 0) {
+      do {
+        const int mine = ticket(a);
+        if (mine < tickets) index = mine;
+        pair = mine - tickets;
+      } while (index < 0 && pair < a.sequences.N * a.HV && a.sequences.span(pair / a.HV).chunks() > longest_whole);
+    }
+    if (index >= 0) {
+      to.item = a.plan.items[index];
+      more = to.item.more;
+    } else if (pair < a.sequences.N * a.HV) {
+      to.item = {pair / a.HV, pair % a.HV, 0, 0, a.sequences.span(pair / a.HV).chunks(), From::start, 0, To::final_state, 0, 0, -1, 0};
+    } else {
+      to.item.chunks = -1;
+      return;
+    }
+    const Sequences::Span span = a.sequences.span(to.item.sequence);
+    to.row = span.row, to.token = span.begin, to.length = span.length, to.slot = span.slot;
+  }
+};
+
+__device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k) {
+  Place<kWorkRing> ring;
+  Place<kStages> stage;
+  Claims claims(a);
+  const int bytes = record_bytes(a.l2norm), record_step = a.HV * bytes;
+  const auto claim = [&] {
+    Work& to = s.work[ring.at];
+    device::barrier_wait(s.item_empty[ring.at], ring.parity ^ 1);
+    claims.next(a, to);
+    device::barrier_arrive(s.item_full[ring.at]);
+    // Its initial state, where that lies in one piece, is in L2 by the time the consumers want it.
+    if (to.item.chunks > 0 && to.item.from == From::start && a.initial_state_bytes > 0) {
+      device::prefetch_bytes(static_cast<const char*>(a.initial_state.data) +
+                                 (to.item.sequence * a.initial_state.sequence + to.item.head * a.initial_state.head) *
+                                     (a.initial_state_bytes / (kHead * kHead)),
+                             a.initial_state_bytes);
+    }
+    ring.next();
+  };
+  int ahead = -1;  // chunk at which the next item is claimed; -1: now
+#pragma unroll 1
+  for (int at = 0, parity = 0;; at = (at + 1) % kWorkRing, parity ^= at == 0 ? 1 : 0) {
+    if (ahead < 0) claim();
+    const Work& work = s.work[at];
+    const int chunks = work.item.chunks;
+    if (chunks < 0) return;
+    if (a.bounded_maps != nullptr && work.ragged()) {
+      device::acquire_map(bounded(a, work.item.sequence, kMapQ));
+      device::acquire_map(bounded(a, work.item.sequence, kMapK));
+    }
+    const int key_head = work.item.head / (a.HV / a.H), row = work.row, warm = work.item.warm, first = work.item.first;
+    const int tail = tail_of(a, work);
+    int token = work.token + first * kChunk;
+    const unsigned char* record = a.records + (static_cast<std::int64_t>(work.slot + first) * a.HV + work.item.head) * bytes;
+    // Late enough that free multiprocessors take what is left, early enough that the next item's state and tiles are there in time.
+    ahead = chunks == 0 ? -1 : max(0, chunks - kClaimAhead);
+    if (work.item.scan_steps > 0) device::barrier_wait(s.item_empty[at], parity);  // others shall have the next scan
+#pragma unroll 1
+    for (int c = 0; c < chunks; ++c) {
+      if (c == ahead) claim();
+      Barrier& loaded = s.loaded[stage.at];
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+      device::load_box(s.k[stage.at], c == tail ? bounded(a, work.item.sequence, kMapK) : map_k, loaded, key_head, token, row);
+      unsigned char* t = s.t[stage.at].panels;
+      device::load_bytes(t, record, panel_offset(1), loaded);
+      device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
+      device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
+      if (c >= warm) {
+        device::load_box(s.q[stage.at], c == tail ? bounded(a, work.item.sequence, kMapQ) : map_q, loaded, key_head, token, row);
+      }
+      record += record_step, token += kChunk;
+      stage.next();
+    }
+  }
+}
+
+// Values come in and outputs leave through the same tiles: before a tile is loaded again, what it has become is stored.
+__device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v, const CUtensorMap* map_o) {
+  WorkReader works;
+  Place<kValueStages> stage;
+  const auto store_output = [&] {
+    device::barrier_wait(s.v_replaced[stage.at], stage.parity ^ 1);
+    Output& to = s.output[stage.at];
+    if (to.map == nullptr) return;
+    device::store_box(to.map, s.v[stage.at], to.head, to.token, to.row);
+    to.map = nullptr;
+    device::wait_stores_read();
+  };
+#pragma unroll 1
+  for (;; works.done(s)) {
+    const Work& work = works.next(s);
+    const int chunks = work.item.chunks;
+    if (chunks < 0) break;
+    if (!work.values()) continue;
+    if (a.bounded_maps != nullptr && work.ragged()) {
+      device::acquire_map(bounded(a, work.item.sequence, kMapV));
+      device::acquire_map(bounded(a, work.item.sequence, kMapO));
+    }
+    const int head = work.item.head, row = work.row, warm = work.item.warm, tail = tail_of(a, work);
+    int token = work.token + work.item.first * kChunk;
+#pragma unroll 1
+    for (int c = 0; c < chunks; ++c) {
+      store_output();
+      device::barrier_arrive_expect(s.v_loaded[stage.at], kChunk * kHead * 2);
+      device::load_box(s.v[stage.at], c == tail ? bounded(a, work.item.sequence, kMapV) : map_v, s.v_loaded[stage.at], head, token, row);
+      if (c >= warm) s.output[stage.at] = {c == tail ? bounded(a, work.item.sequence, kMapO) : map_o, head, token, row};
+      token += kChunk;
+      stage.next();
+    }
+  }
+#pragma unroll 1
+  for (int i = 0; i < kValueStages; ++i) store_output(), stage.next();
+  device::wait_stores_done();
+}
+
+}  // namespace flashdelta::cuda::forward
