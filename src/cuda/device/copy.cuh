@@ -42,8 +42,8 @@ __device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes
 }
 // The same where others will read them too.
 __device__ __forceinline__ void load_shared_bytes(void* to, const void* from, int bytes, Barrier& full) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
-               "r"(bytes), "r"(shared_address(&full))
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&full))
                : "memory");
 }
 __device__ __forceinline__ void store_bytes(void* to, std::uint32_t from, int bytes) {

@@ -55,9 +55,11 @@ struct Claims {
 
 // What a scan's steps need, half a transition a stage, as soon as it is there.
 __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, const Item& item, Place<kStages>& stage) {
-  const auto* states = reinterpret_cast<const unsigned char*>(a.plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead) +
-                       item.first * segment::kBlockBytes;
-  const auto* transitions = reinterpret_cast<const unsigned char*>(a.plan.transitions + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead);
+  const auto* states =
+      reinterpret_cast<const unsigned char*>(a.plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead) +
+      item.first * segment::kBlockBytes;
+  const auto* transitions =
+      reinterpret_cast<const unsigned char*>(a.plan.transitions + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead);
   segment::wait_for_count(&a.plan.arrived[item.from_boundary], kArrivalsWhole);
 #pragma unroll 1
   for (int step = 1; step <= item.scan_steps; ++step) {
@@ -73,7 +75,8 @@ __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, 
       device::load_shared_bytes(s.q[stage.at], transitions + (2 + half) * segment::kHalfBytes, segment::kHalfBytes, loaded);
 #pragma unroll 1
       for (int run = 0; run < 2; ++run) {
-        device::load_shared_bytes(s.p[stage.at] + run * segment::kRunStep, states + (2 * half + run) * segment::kRunBytes, segment::kRunBytes, loaded);
+        device::load_shared_bytes(s.p[stage.at] + run * segment::kRunStep, states + (2 * half + run) * segment::kRunBytes,
+                                  segment::kRunBytes, loaded);
       }
       stage.next();
     }

@@ -20,9 +20,7 @@ __host__ __device__ constexpr int state_offset(int i) {
 template <StateRows Rows>
 __device__ __forceinline__ int state_base(int first_row, int lane) {
   const int k = state_k(0, lane), v = state_v(0, first_row, lane);
-  return Rows == StateRows::k   ? k * kHead + v
-         : Rows == StateRows::v ? v * kHead + k
-                                : first_row * kHead + k * kScanColumns + v - first_row;
+  return Rows == StateRows::k ? k * kHead + v : Rows == StateRows::v ? v * kHead + k : first_row * kHead + k * kScanColumns + v - first_row;
 }
 
 // Reads and writes with offsets known here: all are in flight at once.

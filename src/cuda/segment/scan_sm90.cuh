@@ -57,8 +57,8 @@ constexpr int kRunBytes = kHalfRows / 2 * kScanColumns * 4, kRunStep = 2560;
 
 // `ring`: the stages, in turn. `done` counts steps that all have written. `half`: which consumer.
 template <class Ring>
-__device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, Ring& ring, int barrier, int& done, int half,
-                                                int warp, int lane) {
+__device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, Ring& ring, int barrier, int& done,
+                                                int half, int warp, int lane) {
   const int g = lane / 4, t = lane % 4, row = 16 * warp + g, pairs = 8 * (4 * half + warp) + g;  // row: within the half
   float* states = plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead + item.first * (kBlockBytes / 4) +
                   (kHalfRows * half + row) * kScanColumns + 2 * t;
@@ -81,7 +81,8 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
     if (step == 1) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const float2 x = *reinterpret_cast<const float2*>(states + 8 * n), y = *reinterpret_cast<const float2*>(states + 8 * n + 8 * kScanColumns);
+        const float2 x = *reinterpret_cast<const float2*>(states + 8 * n),
+                     y = *reinterpret_cast<const float2*>(states + 8 * n + 8 * kScanColumns);
         sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
       }
       put(0, sum);
@@ -90,14 +91,17 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
     const unsigned char* local = ring.local() + (row >= 32 ? kRunStep - kRunBytes : 0) + row * kScanColumns * 4 + 8 * t;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(local + 32 * n), y = *reinterpret_cast<const float2*>(local + 32 * n + 8 * kScanColumns * 4);
+      const float2 x = *reinterpret_cast<const float2*>(local + 32 * n),
+                   y = *reinterpret_cast<const float2*>(local + 32 * n + 8 * kScanColumns * 4);
       sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
     }
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const int at = transition_offset(row, 16 * b + 4 * t) * 4;
-      const uint4 high0 = *reinterpret_cast<const uint4*>(ring.high() + at), high8 = *reinterpret_cast<const uint4*>(ring.high() + at + 8 * kPairs * 4);
-      const uint4 low0 = *reinterpret_cast<const uint4*>(ring.low() + at), low8 = *reinterpret_cast<const uint4*>(ring.low() + at + 8 * kPairs * 4);
+      const uint4 high0 = *reinterpret_cast<const uint4*>(ring.high() + at),
+                  high8 = *reinterpret_cast<const uint4*>(ring.high() + at + 8 * kPairs * 4);
+      const uint4 low0 = *reinterpret_cast<const uint4*>(ring.low() + at),
+                  low8 = *reinterpret_cast<const uint4*>(ring.low() + at + 8 * kPairs * 4);
       const uint32_t h0[4] = {high0.x, high8.x, high0.y, high8.y}, h1[4] = {high0.z, high8.z, high0.w, high8.w};
       const uint32_t l0[4] = {low0.x, low8.x, low0.y, low8.y}, l1[4] = {low0.z, low8.z, low0.w, low8.w};
 #pragma unroll
