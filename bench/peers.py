@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from typing import ClassVar
 
@@ -54,6 +55,11 @@ class Library:
         return found
 
 
+def _bound(function: Callable[..., Result], x: Inputs, **offsets: torch.Tensor | None) -> Call:
+    # FLA's names, which the others have as well.
+    return partial(function, x.q, x.k, x.v, x.g, x.beta, initial_state=x.initial_state, output_final_state=True, **offsets)
+
+
 class Flashdelta(Library):
     """This library."""
 
@@ -70,17 +76,7 @@ class Flashdelta(Library):
 
     def bind(self, inputs: Inputs) -> Call:
         packed = len(inputs.row.sequences) > 1
-        function, x = self.module.chunk_gated_delta_rule, inputs
-        return lambda: function(
-            x.q,
-            x.k,
-            x.v,
-            x.g,
-            x.beta,
-            initial_state=x.initial_state,
-            output_final_state=True,
-            cu_seqlens=x.offsets.int32 if packed else None,
-        )
+        return _bound(self.module.chunk_gated_delta_rule, inputs, cu_seqlens=inputs.offsets.int32 if packed else None)
 
 
 class Fla(Library):
@@ -98,19 +94,9 @@ class Fla(Library):
         self.function = chunk_gated_delta_rule
 
     def bind(self, inputs: Inputs) -> Call:
-        packed = len(inputs.row.sequences) > 1
-        function, x = self.function, inputs
-        return lambda: function(
-            x.q,
-            x.k,
-            x.v,
-            x.g,
-            x.beta,
-            initial_state=x.initial_state,
-            output_final_state=True,
-            cu_seqlens=x.offsets.int64 if packed else None,
-            cu_seqlens_cpu=x.offsets.host if packed else None,
-        )
+        if len(inputs.row.sequences) == 1:
+            return _bound(self.function, inputs, cu_seqlens=None, cu_seqlens_cpu=None)
+        return _bound(self.function, inputs, cu_seqlens=inputs.offsets.int64, cu_seqlens_cpu=inputs.offsets.host)
 
 
 class FlashQla(Library):
@@ -127,17 +113,7 @@ class FlashQla(Library):
 
     def bind(self, inputs: Inputs) -> Call:
         # Without offsets it would make int32 ones itself.
-        function, x = self.function, inputs
-        return lambda: function(
-            x.q,
-            x.k,
-            x.v,
-            x.g,
-            x.beta,
-            initial_state=x.initial_state,
-            output_final_state=True,
-            cu_seqlens=x.offsets.int32,
-        )
+        return _bound(self.function, inputs, cu_seqlens=inputs.offsets.int32)
 
 
 class FlashInfer(Library):

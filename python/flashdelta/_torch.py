@@ -119,7 +119,7 @@ def _chunk_outputs(q, v, cu_seqlens, options, final_state_dtype, save):
 
 def _chunk_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype, save):
     outputs = _chunk_outputs(q, v, cu, options, final_state_dtype, save)
-    _run(_CHUNK_FORWARD, (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs, None), scale, options, tolerance, q.device)
+    _chunk_forward_out(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, *outputs, None)
     return _filled(v, outputs)
 
 
@@ -162,8 +162,7 @@ def _recurrent_outputs(q, v, cu_seqlens, options, final_state_dtype):
 
 def _recurrent_forward(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, final_state_dtype):
     outputs = _recurrent_outputs(q, v, cu, options, final_state_dtype)
-    tensors = (q, k, v, g, beta, h0, cu, A_log, dt_bias, *outputs, None, None, None, None)
-    _run(_RECURRENT_FORWARD, tensors, scale, options, tolerance, q.device)
+    _recurrent_forward_out(q, k, v, g, beta, h0, cu, A_log, dt_bias, scale, options, tolerance, *outputs)
     return _filled(v, outputs)
 
 

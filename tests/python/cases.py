@@ -29,6 +29,17 @@ def state(seed=1, N=1, HV=4, K=16, V=24, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal((N, HV, K, V)).astype(dtype)
 
 
+def with_flags(flags, **shape):
+    """Inputs that the flags of a call complete: a state per sequence, and gates that are made in the kernel get their parameters."""
+    x = inputs(**shape)
+    (HV, V), K = x["v"].shape[2:], x["k"].shape[3]
+    n = len(flags["cu_seqlens"]) - 1 if "cu_seqlens" in flags else x["q"].shape[0]
+    x["initial_state"] = state(N=n, HV=HV, K=K, V=V)
+    if flags.get("use_gate_in_kernel"):
+        x |= {"A_log": np.linspace(-2, 0, HV, dtype=np.float32), "dt_bias": np.linspace(-1, 1, HV, dtype=np.float32)}
+    return x
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 

@@ -46,11 +46,7 @@ FLAGS = (
 def tensors(flags=None, dtype=torch.bfloat16, device=None, T=200, H=2, HV=4, **shape):
     """Arguments on the device; the flags complete them: gates get their parameters, states one per sequence."""
     flags = dict(flags or {})
-    x = cases.inputs(T=T, H=H, HV=HV, K=128, V=128, **shape)
-    n = len(flags["cu_seqlens"]) - 1 if "cu_seqlens" in flags else x["q"].shape[0]
-    x["initial_state"] = cases.state(N=n, HV=HV, K=128, V=128)
-    if flags.get("use_gate_in_kernel"):
-        x |= {"A_log": np.linspace(-2, 0, HV, dtype=np.float32), "dt_bias": np.linspace(-1, 1, HV, dtype=np.float32)}
+    x = cases.with_flags(flags, T=T, H=H, HV=HV, K=128, V=128, **shape)
     x = {name: torch.from_numpy(array).to(device or DEVICE) for name, array in x.items()}
     return x | {name: x[name].to(dtype) for name in ("q", "k", "v")} | flags
 

@@ -40,13 +40,9 @@ FLAGS = (
 def tensors(flags=None, dtype=torch.float32, **shape):
     """Arguments as tensors, leaves recorded. The flags complete them: gates get their parameters, states one per sequence."""
     flags = dict(flags or {})
-    x = cases.inputs(**shape)
-    n = len(flags["cu_seqlens"]) - 1 if "cu_seqlens" in flags else x["q"].shape[0]
-    x["initial_state"] = cases.state(N=n)
+    x = cases.with_flags(flags, **shape)
     if flags.get("state_v_first"):
         x["initial_state"] = np.ascontiguousarray(x["initial_state"].swapaxes(2, 3))
-    if flags.get("use_gate_in_kernel"):
-        x |= {"A_log": np.linspace(-2, 0, 4, dtype=np.float32), "dt_bias": np.linspace(-1, 1, 4, dtype=np.float32)}
     x = {name: torch.from_numpy(array) for name, array in x.items()}
     for name in ("q", "k", "v"):
         x[name] = x[name].to(dtype)
