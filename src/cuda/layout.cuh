@@ -86,7 +86,8 @@ struct Scalars {
 };
 
 // A state tensor [N, HV, K, V], or the saved states, of any strides.
-enum class StateRows : std::int32_t { other, k, v };  // dense [K][V], dense [V][K], or any strides
+// Dense [K][V], dense [V][K], blocks of 16 columns [V / 16][K][16] (of the workspace alone), or any strides.
+enum class StateRows : std::int32_t { other, k, v, blocks };
 struct States {
   void* data;  // null: absent
   device::Type type;

@@ -15,6 +15,9 @@ constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ULL;
 // Orders this thread's shared-memory writes before later asynchronous copies or wgmma that read them.
 __device__ __forceinline__ void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same for global memory: on the writer's side before it tells, and on the reader's side after it was told.
+__device__ __forceinline__ void fence_global_to_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // A box of a (channel, token, tile, head, batch row) tensor, from its first channel on, into shared memory; `full` counts its bytes.
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int head, int token, int row) {
   asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], [%2];" ::"r"(
@@ -35,6 +38,12 @@ __device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(kEvictFirst)
+               : "memory");
+}
+// The same where others will read them too.
+__device__ __forceinline__ void load_shared_bytes(void* to, const void* from, int bytes, Barrier& full) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&full))
                : "memory");
 }
 __device__ __forceinline__ void store_bytes(void* to, std::uint32_t from, int bytes) {
@@ -61,9 +70,8 @@ __device__ __forceinline__ void write_bounded_map(CUtensorMap* to, const CUtenso
                  : "memory");
   }
   __syncwarp();
-  asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(to),
-               "r"(shared_address(scratch))
-               : "memory");
+  reinterpret_cast<std::uint32_t*>(to)[lane] = scratch[lane];
+  asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
   __syncwarp();
 }
 // Before a map written by an earlier kernel is used; for the thread that uses it.

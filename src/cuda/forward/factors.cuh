@@ -27,16 +27,6 @@ __device__ __forceinline__ float inverse_query_norm(const Shared& s, int stage, 
   return rsqrtf(sum + 1e-6F);
 }
 
-// In the scanning consumers' place: a release to the whole device takes longer than a step.
-__device__ __forceinline__ void announce_steps(const Arguments& a, Shared& s, const Item& item) {
-#pragma unroll 1
-  for (int step = 1; step <= item.scan_steps; ++step) {
-    while (device::count(s.scanned) == s.announced) __nanosleep(20);
-    segment::add_to_count(&a.plan.scanned[item.from_boundary + step]);
-    s.announced = s.announced + 1;
-  }
-}
-
 template <Operand Type>
 __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int token) {
   WorkReader works;
@@ -45,14 +35,20 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
-    const int chunks = work.item.chunks;
+    const int chunks = work.stages();
     if (chunks < 0) return;
-    if (work.item.scan_steps > 0 && token == 0) announce_steps(a, s, work.item);
     const bool values = work.values();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
+      // The consumers' release, though the producer has waited for it: so each pair of threads that shares memory meets at a barrier.
+      device::barrier_wait(s.released[at], stage.parity ^ 1);
       device::barrier_wait(s.loaded[at], stage.parity);
+      if (work.item.scan_steps > 0) {
+        device::barrier_arrive(s.normed[at]), device::barrier_arrive(s.made[at]);
+        stage.next();
+        continue;
+      }
       const RecordTail& record = s.t[at].tail;
       // Keys scaled by 2^-e count as normalised ones whose values are scaled by 2^e; the record's beta has that factor.
       const float key = a.l2norm ? record.norm[token] : exp2f(-static_cast<float>(record.exponent[token]));
@@ -114,7 +110,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
-    const int chunks = work.item.chunks;
+    const int chunks = work.stages();
     if (chunks < 0) return;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {

@@ -122,6 +122,23 @@ __device__ __forceinline__ void step_through(const Arguments& a, const Shared& s
   }
 }
 
+// The stages as a scan sees them.
+struct ScanRing {
+  Shared& s;
+  Place<kStages>& stage;
+  int lane;
+
+  __device__ __forceinline__ const unsigned char* high() const { return s.k[stage.at][0]; }
+  __device__ __forceinline__ const unsigned char* low() const { return s.q[stage.at][0]; }
+  __device__ __forceinline__ const unsigned char* local() const { return s.p[stage.at]; }
+  __device__ __forceinline__ void wait() { device::barrier_wait(s.made[stage.at], stage.parity); }
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    device::barrier_arrive_if(s.released[stage.at], lane == 0);
+    stage.next();
+  }
+};
+
 template <Operand Type>
 __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, int tid) {
   using device::pack;
@@ -178,7 +195,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     const int chunks = item.chunks;
     if (chunks < 0) break;
     if (item.scan_steps > 0) {
-      segment::scan_boundaries(a.plan, s.scan, item, kScanBarrier, s.scanned, 4 * w + warp, lane);
+      ScanRing ring{s, stage, lane};
+      segment::scan_boundaries(a.plan, s.scan, item, ring, kScanBarrier, s.scanned, w, warp, lane);
       continue;
     }
     begin_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);

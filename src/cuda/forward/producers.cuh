@@ -45,13 +45,43 @@ struct Claims {
     } else if (pair < a.sequences.N * a.HV) {
       to.item = {pair / a.HV, pair % a.HV, 0, 0, a.sequences.span(pair / a.HV).chunks(), From::start, 0, To::final_state, 0, 0, -1, 0};
     } else {
-      to.item.chunks = -1;
+      to.item.chunks = -1, to.item.scan_steps = 0;
       return;
     }
     const Sequences::Span span = a.sequences.span(to.item.sequence);
     to.row = span.row, to.token = span.begin, to.length = span.length, to.slot = span.slot;
   }
 };
+
+// What a scan's steps need, half a transition a stage, as soon as it is there.
+__device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, const Item& item, Place<kStages>& stage) {
+  const auto* states =
+      reinterpret_cast<const unsigned char*>(a.plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead) +
+      item.first * segment::kBlockBytes;
+  const auto* transitions =
+      reinterpret_cast<const unsigned char*>(a.plan.transitions + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead);
+  segment::wait_for_count(&a.plan.arrived[item.from_boundary], kArrivalsWhole);
+#pragma unroll 1
+  for (int step = 1; step <= item.scan_steps; ++step) {
+    segment::wait_for_count(&a.plan.arrived[item.from_boundary + step], kArrivalsParts);
+    device::fence_global_to_async();
+    states += kHead * kHead * 4, transitions += kHead * kHead * 4;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      Barrier& loaded = s.loaded[stage.at];
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_arrive_expect(loaded, 2 * segment::kHalfBytes + 2 * segment::kRunBytes);
+      device::load_shared_bytes(s.k[stage.at], transitions + half * segment::kHalfBytes, segment::kHalfBytes, loaded);
+      device::load_shared_bytes(s.q[stage.at], transitions + (2 + half) * segment::kHalfBytes, segment::kHalfBytes, loaded);
+#pragma unroll 1
+      for (int run = 0; run < 2; ++run) {
+        device::load_shared_bytes(s.p[stage.at] + run * segment::kRunStep, states + (2 * half + run) * segment::kRunBytes,
+                                  segment::kRunBytes, loaded);
+      }
+      stage.next();
+    }
+  }
+}
 
 __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k) {
   Place<kWorkRing> ring;
@@ -89,7 +119,10 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
     const unsigned char* record = a.records + (static_cast<std::int64_t>(work.slot + first) * a.HV + work.item.head) * bytes;
     // Late enough that free multiprocessors take what is left, early enough that the next item's state and tiles are there in time.
     ahead = chunks == 0 ? -1 : max(0, chunks - kClaimAhead);
-    if (work.item.scan_steps > 0) device::barrier_wait(s.item_empty[at], parity);  // others shall have the next scan
+    if (chunks == 0 && work.item.scan_steps > 0) {
+      load_transitions(a, s, work.item, stage);
+      device::barrier_wait(s.item_empty[at], parity);  // others shall have the next scan
+    }
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
       if (c == ahead) claim();
@@ -110,6 +143,16 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
   }
 }
 
+// In the scanning consumers' place: a release to the whole device takes longer than a step.
+__device__ __forceinline__ void announce_steps(const Arguments& a, Shared& s, const Item& item) {
+#pragma unroll 1
+  for (int step = 1; step <= item.scan_steps; ++step) {
+    while (device::count(s.scanned) == s.announced) __nanosleep(20);
+    segment::add_to_count(&a.plan.scanned[item.from_boundary + step]);
+    s.announced = s.announced + 1;
+  }
+}
+
 // Values come in and outputs leave through the same tiles: before a tile is loaded again, what it has become is stored.
 __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v, const CUtensorMap* map_o) {
   WorkReader works;
@@ -127,6 +170,7 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
     const Work& work = works.next(s);
     const int chunks = work.item.chunks;
     if (chunks < 0) break;
+    if (work.item.scan_steps > 0) announce_steps(a, s, work.item);
     if (!work.values()) continue;
     if (a.bounded_maps != nullptr && work.ragged()) {
       device::acquire_map(bounded(a, work.item.sequence, kMapV));

@@ -22,6 +22,8 @@ struct Work {
 
   __device__ __forceinline__ bool full(int c) const { return c >= item.warm; }  // else the chunk only moves the state on
   __device__ __forceinline__ bool values() const { return item.from != From::identity; }
+  // Stages that it takes.
+  __device__ __forceinline__ int stages() const { return item.chunks == 0 ? 2 * item.scan_steps : item.chunks; }
   __device__ __forceinline__ bool ragged() const { return length % kChunk != 0; }
 };
 

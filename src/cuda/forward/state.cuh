@@ -14,21 +14,25 @@ __device__ __forceinline__ int state_v(int i, int first_row, int lane) { return 
 template <StateRows Rows>
 __host__ __device__ constexpr int state_offset(int i) {
   const int k = i / 4 * 8 + i % 2, v = i / 2 % 2 * 8;
-  return Rows == StateRows::k ? k * kHead + v : v * kHead + k;
+  return Rows == StateRows::k ? k * kHead + v : Rows == StateRows::v ? v * kHead + k : k * kScanColumns + v;
+}
+// And register 0's. Blocks: a warp's rows are one.
+template <StateRows Rows>
+__device__ __forceinline__ int state_base(int first_row, int lane) {
+  const int k = state_k(0, lane), v = state_v(0, first_row, lane);
+  return Rows == StateRows::k ? k * kHead + v : Rows == StateRows::v ? v * kHead + k : first_row * kHead + k * kScanColumns + v - first_row;
 }
 
 // Reads and writes with offsets known here: all are in flight at once.
 template <class E, StateRows Rows>
 __device__ __forceinline__ void load_rows(float (&S)[64], const void* data, std::int64_t offset, int first_row, int lane) {
-  const int k = state_k(0, lane), v = state_v(0, first_row, lane);
-  const E* from = static_cast<const E*>(data) + offset + (Rows == StateRows::k ? k * kHead + v : v * kHead + k);
+  const E* from = static_cast<const E*>(data) + offset + state_base<Rows>(first_row, lane);
 #pragma unroll
   for (int i = 0; i < 64; ++i) S[i] = static_cast<float>(from[state_offset<Rows>(i)]);
 }
 template <class E, StateRows Rows>
 __device__ __forceinline__ void store_rows(const float (&S)[64], void* data, std::int64_t offset, int first_row, int lane) {
-  const int k = state_k(0, lane), v = state_v(0, first_row, lane);
-  E* to = static_cast<E*>(data) + offset + (Rows == StateRows::k ? k * kHead + v : v * kHead + k);
+  E* to = static_cast<E*>(data) + offset + state_base<Rows>(first_row, lane);
 #pragma unroll
   for (int i = 0; i < 64; ++i) to[state_offset<Rows>(i)] = static_cast<E>(S[i]);
 }
@@ -48,6 +52,7 @@ __device__ __forceinline__ void load_state(float (&S)[64], const States& from, s
       if (from.type == device::Type::f32) return load_rows<float, StateRows::v>(S, from.data, offset, first_row, lane);
       if (from.type == device::Type::bf16) return load_rows<__nv_bfloat16, StateRows::v>(S, from.data, offset, first_row, lane);
       return load_rows<__half, StateRows::v>(S, from.data, offset, first_row, lane);
+    case StateRows::blocks: return load_rows<float, StateRows::blocks>(S, from.data, offset, first_row, lane);
     default:
 #pragma unroll
       for (int i = 0; i < 64; ++i) {
@@ -76,13 +81,13 @@ __device__ __forceinline__ void store_state(const float (&S)[64], const States& 
 
 // A transition as the scan wants it (segment/scan_sm90.cuh): rows k; v and v + 8 of a column block share a register.
 __device__ __forceinline__ void store_transition(const float (&S)[64], uint32_t* to, int first_row, int lane) {
-  to += 2 * (lane % 4) * segment::kPairs + first_row / 2 + lane / 4;
+  const int row = 2 * (lane % 4), pair = first_row / 2 + lane / 4;
 #pragma unroll
   for (int i = 0; i < 64; i += 4) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const segment::Split x = segment::split(S[i + e], S[i + e + 2]);
-      const int at = (2 * i + e) * segment::kPairs;  // row i / 4 * 8 + e
+      const int at = segment::transition_offset(row + i / 4 * 8 + e, pair);
       to[at] = x.high, to[kHead * segment::kPairs + at] = x.low;
     }
   }
@@ -108,7 +113,7 @@ __device__ __forceinline__ void begin_item(const Arguments& a, const Item& item,
       }
     }
     device::named_sync(kConsumerBarrier + w, 128);
-    from = {a.plan.states, device::Type::f32, 0, 0, kHead, 1, StateRows::k};
+    from = {a.plan.states, device::Type::f32, 0, 0, kHead, 1, StateRows::blocks};
     at = static_cast<std::int64_t>(item.from_boundary) * kHead * kHead;
   }
   load_state(S, from, at, first_row, lane);
@@ -135,8 +140,9 @@ __device__ __forceinline__ void end_item(const Arguments& a, const Item& item, c
   if (item.to == To::transition) {
     store_transition(S, a.plan.transitions + at, first_row, lane);
   } else {
-    store_rows<float, StateRows::k>(S, a.plan.states, at, first_row, lane);
+    store_rows<float, StateRows::blocks>(S, a.plan.states, at, first_row, lane);
   }
+  device::fence_global_to_async();  // a scan reads them by bulk copies
   device::named_sync(kConsumerBarrier + w, 128);
   if (leader) segment::add_to_count(&a.plan.arrived[item.to_boundary]);
 }

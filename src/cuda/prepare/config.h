@@ -4,8 +4,8 @@
 namespace flashdelta::cuda::prepare {
 
 // Above this largest beta |k|^2 of a chunk, and where T itself is wanted, operands of the inverse are held as two fp16 numbers. At 1 with
-// keys of cosine 0.9 one number
-// gives T an error of 1.4e-3, at 2 with equal keys 7.5e-3 (two: 2.0e-3); the contract leaves o 5e-3.
+// keys of cosine 0.9 one number gives T an error of 1.4e-3, at 2 with equal keys 7.5e-3 (two: 2.0e-3). The loop needs no such T: it takes
+// chunks of that kind token by token.
 constexpr float kSplitAbove = 1.1F;
 
 // Where 16-bit operands no longer hold the contract: U is then what is left of much larger terms, and their rounding shows. Such a chunk is
@@ -32,6 +32,8 @@ constexpr float kLargestPlainNorm = 4.F;
 // |k|^2 below this counts as this: a zero key then has a finite 1 / |k|, which only ever meets zeros.
 constexpr float kSmallestNorm = 1e-24F;
 constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
+
+constexpr int kGramBarrier = 1;  // a named barrier (0 is __syncthreads)
 
 // CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 7 KB of exchange, 8 KB a warp), and
 // 128 registers a thread for four warps.

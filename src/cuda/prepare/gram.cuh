@@ -88,7 +88,9 @@ __device__ __forceinline__ KeyScale gram_of_warp(S& s, uint32_t address_a, uint3
   const int r = lane >> 2, q = lane & 3;
   float sum[High - Low][4];
   gram<Type, Low, High>(sum, address_a, address_b);
-  bool wants_rest = __syncthreads_or(may_want_rest());
+  // Counted barriers: each warp comes to them on a way of its own.
+  bool wants_rest = may_want_rest();
+  device::named_sync(kGramBarrier, 32 * W);
   between();
 #pragma unroll
   for (int u = Low; u < High; ++u) {
@@ -98,11 +100,11 @@ __device__ __forceinline__ KeyScale gram_of_warp(S& s, uint32_t address_a, uint3
     if (r == 2 * q) s.norm[16 * t.j + 8 * t.v + r] = x[0];
     if (r == 2 * q + 1) s.norm[16 * t.j + 8 * t.v + r] = x[1];
   }
-  __syncthreads();
+  device::named_sync(kGramBarrier, 32 * W);
   const KeyScale scale = key_scale(s.norm, l2norm, lane);
   if (scale != KeyScale::none) {
     for (int i = I * 32 + lane; i < kChunk; i += 32 * W) s.key_scale[i] = scale_of(scale, s.norm[i]);
-    __syncthreads();
+    device::named_sync(kGramBarrier, 32 * W);
 #pragma unroll
     for (int u = Low; u < High; ++u) {
       const Tile t = tile(u);
@@ -129,7 +131,7 @@ __device__ __forceinline__ KeyScale gram_of_warp(S& s, uint32_t address_a, uint3
       }
     }
   }
-  __syncthreads();
+  device::named_sync(kGramBarrier, 32 * W);
   return scale;
 }
 

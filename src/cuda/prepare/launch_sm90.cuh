@@ -7,9 +7,9 @@
 
 namespace flashdelta::cuda::prepare {
 
-template <Operand Type, int W>
-cudaError_t launch_warps(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
-  const auto kernel = prepare_kernel<Type, W>;
+template <Operand Type, int W, bool Split>
+cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
+  const auto kernel = prepare_kernel<Type, W, Split>;
   constexpr int kShared = sizeof(Shared<W>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); error != cudaSuccess) {
     return error;
@@ -19,6 +19,12 @@ cudaError_t launch_warps(const Arguments& arguments, const CUtensorMap* maps, in
   const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W) - 1));
   kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
   return cudaGetLastError();
+}
+
+template <Operand Type, int W>
+cudaError_t launch_warps(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
+  return arguments.saved_T.data != nullptr ? launch_split<Type, W, true>(arguments, maps, multiprocessors, stream)
+                                           : launch_split<Type, W, false>(arguments, maps, multiprocessors, stream);
 }
 
 template <Operand Type>

@@ -51,7 +51,8 @@ static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtenso
   }
 }
 
-template <Operand Type, int W>
+// Split: T itself is wanted, for a backward.
+template <Operand Type, int W, bool Split>
 __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
     prepare_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
@@ -115,8 +116,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       __syncthreads();
     }
     if (warp == 0) find(next);
-    // The loop takes chunks whose T would need it token by token; a backward reads T itself.
-    const auto wants_rest = [&] { return a.saved_T.data != nullptr; };
+    const auto wants_rest = [&] { return Split; };
     const KeyScale scale = key_products<Type, W>(s, address_a, address_b, a.l2norm, wants_rest, warp, lane, [&] {
       given.put(a, s, tid);
       if (tid == 0 && next.rows > 0) load_k(next);
@@ -153,8 +153,12 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
         const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
         if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * a.slots + here.slot] = bound;
       }
-      const float2 squares = split && a.saved_T.data != nullptr ? invert<Type, true>(s, s.factors[warp], decay, record_row, lane)
-                                                                : invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
+      float2 squares;
+      if (Split && split) {
+        squares = invert<Type, Split>(s, s.factors[warp], decay, record_row, lane);
+      } else {
+        squares = invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
+      }
       const bool hard = is_hard<Type>(squares, s.factors[warp], here.rows, scale, tail, lane);
       if (lane == 0) tail.hard = hard ? 1 : 0;
       if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, s.record[warp], whole, lane);

@@ -12,10 +12,11 @@ constexpr int kMostWarmUp = 8;
 
 // A chunk that only moves the state on, against a full one: it lacks q S, P U, q k^T and the output.
 constexpr float kStateOnly = 0.7F;
-// Beginning and ending an item: reading a state, filling the pipeline, writing a state.
-constexpr float kItem = 2.5F;
+// Beginning and ending an item: reading a state, filling the pipeline, writing a state. More where that is written in pairs of bf16 and
+// others are told.
+constexpr float kItem = 2.F, kPart = 4.5F;
 // One step of the scan.
-constexpr float kScanStep = 1.F;
+constexpr float kScanStep = 0.5F;
 
 // A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
 constexpr float kFirstShare = kStateOnly;

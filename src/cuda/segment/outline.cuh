@@ -208,7 +208,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, i
     const int n = max(1, min(static_cast<int>(ceilf(chunks / wanted)), chunks / kShortest));
     const float length = chunks / (n - 1 + kFirstShare), first = n > 1 ? kFirstShare * length : chunks;
     const int middle = max(0, n - 2);
-    m.parts += 1 + 2 * middle, m.parts_cost += first + kItem + 2 * middle * (kStateOnly * length + kItem);
+    m.parts += 1 + 2 * middle, m.parts_cost += first + kItem + 2 * middle * (kStateOnly * length + kPart);
     m.scans += middle > 0 ? kScanBlocks : 0, m.scans_cost += kScanBlocks * middle * kScanStep;
     m.dependents += n - 1, m.dependents_cost += (n - 1) * (length + kItem);
     boundaries += n - 1, steps = max(steps, middle), dependent = fmaxf(dependent, n > 1 ? length + kItem : 0.F);
@@ -225,8 +225,8 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, i
   const float P = static_cast<float>(a.multiprocessors);
   const float load = (m.parts_cost + m.scans_cost + m.dependents_cost + others + (line ? P * cut : 0.F)) / P;
   const float waves = ceilf(m.parts / P), later_waves = ceilf(m.dependents / P);
-  const float chain = fmaxf(part, waves * (m.parts > 0 ? m.parts_cost / m.parts : 0.F)) + (steps > 0 ? 1.F + steps * kScanStep : 0.F) +
-                      later_waves * dependent;
+  const float chain = fmaxf(part, waves * (m.parts > 0 ? m.parts_cost / m.parts : 0.F)) +
+                      (steps > 0 ? 1.F + ceilf(m.scans / P) * steps * kScanStep : 0.F) + later_waves * dependent;
   m.time = boundaries <= a.most_boundaries ? fmaxf(load, chain) : 1e30F;
   return m;
 }

@@ -120,7 +120,7 @@ __device__ __forceinline__ void emit(const Arguments& a, const Shared& s, const 
   if (!x.starts_chain) return;
   int steps = 0;
   for (int j = x.j + 1; j < x.count && warm_of(a, s, x.boundary + j - x.j) == 0; ++j) ++steps;
-  Item scan{x.pair.sequence, x.pair.head, 0, 0, 0, From::boundary, x.boundary, To::boundary, x.boundary + 1, steps, -1, 0};
+  Item scan{x.pair.sequence, x.pair.head, 0, 1 << 30, 0, From::boundary, x.boundary, To::boundary, x.boundary + 1, steps, -1, 0};
   for (int block = 0; block < kScanBlocks; ++block) {
     scan.first = block;
     a.plan.items[t.scan() + at.scans + block] = scan;
