@@ -117,15 +117,6 @@ States states(const op::Tensor& t) {
   return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2], t.stride[3], rows};
 }
 
-// Bytes of one head's state where it lies in one piece that bulk copies take, else 0.
-int contiguous_bytes(const op::Tensor& t) {
-  if (t.data == nullptr) return 0;
-  const bool dense = (t.stride[3] == 1 && t.stride[2] == kHead) || (t.stride[2] == 1 && t.stride[3] == kHead);
-  const std::int64_t size = op::size_of(t.dtype);
-  const bool aligned = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && t.stride[0] * size % 16 == 0 && t.stride[1] * size % 16 == 0;
-  return dense && aligned ? static_cast<int>(kHead * kHead * size) : 0;
-}
-
 int multiprocessors(int device) {
   int count = 0;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking for the number of multiprocessors");
@@ -276,10 +267,11 @@ void chunk_forward(const Problem& p) {
   arguments.plan = plan;
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
-  arguments.initial_state_bytes = contiguous_bytes(p.initial_state);
+  arguments.initial_staged = has_state_map(p.initial_state);
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
-  check(forward::launch(arguments, maps, operand, count, stream), "launching the chunk loop");
+  const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};
+  check(forward::launch(arguments, maps, state_map, operand, count, stream), "launching the chunk loop");
 }
 
 }  // namespace flashdelta::cuda

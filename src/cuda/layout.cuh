@@ -12,6 +12,8 @@ namespace flashdelta::cuda {
 
 constexpr int kChunk = 64;  // tokens of a chunk: one wgmma M
 constexpr int kHead = 128;  // K and V
+// A state comes in pieces of 32 columns, 128 bytes of float32 a row.
+constexpr int kPieceColumns = 32, kPieceBytes = kPieceColumns * kHead * 4;
 constexpr int kTile = 64;   // channels of a shared-memory tile: 128 bytes, the widest swizzle
 constexpr float kLog2e = 1.4426950408889634F;
 
@@ -86,8 +88,8 @@ struct Scalars {
 };
 
 // A state tensor [N, HV, K, V], or the saved states, of any strides.
-// Dense [K][V], dense [V][K], blocks of 16 columns [V / 16][K][16] (of the workspace alone), or any strides.
-enum class StateRows : std::int32_t { other, k, v, blocks };
+// Dense [K][V], dense [V][K], or any strides.
+enum class StateRows : std::int32_t { other, k, v };
 struct States {
   void* data;  // null: absent
   device::Type type;

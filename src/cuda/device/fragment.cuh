@@ -59,6 +59,16 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Reads of shared memory that stay behind the waits above them.
+__device__ __forceinline__ float load_shared(std::uint32_t address) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(address) : "memory");
+  return r;
+}
+__device__ __forceinline__ float2 load_shared_pair(std::uint32_t address) {
+  float2 r;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(address) : "memory");
+  return r;
+}
 __device__ __forceinline__ float2 load_shared_pair(const float* p) {
   float2 r;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"

@@ -35,20 +35,23 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
-    const int chunks = work.stages();
+    const int chunks = work.item.chunks;
     if (chunks < 0) return;
     const bool values = work.values();
+#pragma unroll 1
+    for (int i = work.stages_before(); i > 0; --i) {
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_wait(s.loaded[stage.at], stage.parity);
+      device::barrier_arrive(s.normed[stage.at]), device::barrier_arrive(s.made[stage.at]);
+      stage.next();
+    }
+    if (work.staged != Staged::no) v_stage.next(), v_stage.next();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
       // The consumers' release, though the producer has waited for it: so each pair of threads that shares memory meets at a barrier.
       device::barrier_wait(s.released[at], stage.parity ^ 1);
       device::barrier_wait(s.loaded[at], stage.parity);
-      if (work.item.scan_steps > 0) {
-        device::barrier_arrive(s.normed[at]), device::barrier_arrive(s.made[at]);
-        stage.next();
-        continue;
-      }
       const RecordTail& record = s.t[at].tail;
       // Keys scaled by 2^-e count as normalised ones whose values are scaled by 2^e; the record's beta has that factor.
       const float key = a.l2norm ? record.norm[token] : exp2f(-static_cast<float>(record.exponent[token]));
@@ -110,8 +113,14 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
-    const int chunks = work.stages();
+    const int chunks = work.item.chunks;
     if (chunks < 0) return;
+#pragma unroll 1
+    for (int i = work.stages_before(); i > 0; --i) {
+      device::barrier_wait(s.loaded[stage.at], stage.parity);
+      device::barrier_arrive(s.made[stage.at]);
+      stage.next();
+    }
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;

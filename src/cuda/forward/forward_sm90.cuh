@@ -133,8 +133,7 @@ struct ScanRing {
   __device__ __forceinline__ const unsigned char* local() const { return s.p[stage.at]; }
   __device__ __forceinline__ void wait() { device::barrier_wait(s.made[stage.at], stage.parity); }
   __device__ __forceinline__ void release() {
-    __syncwarp();
-    device::barrier_arrive_if(s.released[stage.at], lane == 0);
+    device::barrier_arrive(s.released[stage.at]);
     stage.next();
   }
 };
@@ -199,7 +198,24 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       segment::scan_boundaries(a.plan, s.scan, item, ring, kScanBarrier, s.scanned, w, warp, lane);
       continue;
     }
-    begin_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);
+    if (work.staged == Staged::no) {
+      begin_item(a, item, S, first_row, lane);
+    } else {
+      // The value thread may want the tile for another state before a chunk comes.
+      if (pending) put_o();
+      pending = false;
+      const int first = v_stage.at;
+      device::barrier_wait(s.made[stage.at], stage.parity);
+      device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity), v_stage.next();
+      device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+      const uint32_t pieces[4] = {device::shared_address(s.k[stage.at]), device::shared_address(s.q[stage.at]),
+                                  device::shared_address(s.v[first]), device::shared_address(s.v[v_stage.at])};
+      read_pieces(S, pieces, work.staged, a.initial_state.rows, w, warp, lane);
+      replaced(first), replaced(v_stage.at);
+      device::barrier_arrive(s.released[stage.at]);
+      stage.next(), v_stage.next();
+    }
+    tell_initial_read(a, item, w, warp == 0 && lane == 0);
 #pragma unroll
     for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
     const bool values = work.values();
@@ -226,8 +242,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         if (values) replaced(v_stage.at);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-        __syncwarp();
-        device::barrier_arrive_if(s.released[at], lane == 0);
+        device::barrier_arrive(s.released[at]);
         stage.next();
         if (values) v_stage.next();
         if (c + 1 < chunks) wait_for_chunk();
@@ -273,7 +288,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::hold(S);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-        device::barrier_arrive_if(s.released[at], lane == 0);
+        device::barrier_arrive(s.released[at]);
         continue;
       }
       device::named_sync(kTurnBarrier + w, 256);
@@ -329,7 +344,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
       device::wgmma_wait<0>();
       device::hold(O);
-      device::barrier_arrive_if(s.released[at], lane == 0);
+      device::barrier_arrive(s.released[at]);
 #pragma unroll
       for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
     }
@@ -342,7 +357,7 @@ template <Operand Type>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
-                   const __grid_constant__ CUtensorMap map_o) {
+                   const __grid_constant__ CUtensorMap map_o, const __grid_constant__ CUtensorMap map_state) {
   extern __shared__ __align__(1024) unsigned char raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int tid = threadIdx.x % 128, group = __shfl_sync(~0U, threadIdx.x / 128, 0);
@@ -351,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       device::barrier_init(s.loaded[i], 1);
       device::barrier_init(s.normed[i], kChunk);
       device::barrier_init(s.made[i], 128 + kChunk);
-      device::barrier_init(s.released[i], 8);
+      device::barrier_init(s.released[i], 256);
     }
     for (int i = 0; i < kValueStages; ++i) {
       device::barrier_init(s.v_loaded[i], 1);
@@ -378,8 +393,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   device::wait_for_previous_launch();
   if (group == 3) {
     device::fewer_registers<kProducerRegisters>();
-    if (tid == 0) produce_keys(a, s, &map_q, &map_k);
-    if (tid == 32) produce_values(a, s, &map_v, &map_o);
+    if (tid == 0) produce_keys(a, s, &map_q, &map_k, &map_state);
+    if (tid == 32) produce_values(a, s, &map_v, &map_o, &map_state);
     if (tid >= kChunk) make_factors<Type>(a, s, tid - kChunk);
   } else if (group == 0) {
     device::fewer_registers<kAuxiliaryRegisters>();
