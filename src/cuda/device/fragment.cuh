@@ -64,6 +64,11 @@ __device__ __forceinline__ float load_shared(std::uint32_t address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(address) : "memory");
   return r;
 }
+__device__ __forceinline__ int load_shared_int(const int* p) {
+  int r;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(r) : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p))) : "memory");
+  return r;
+}
 __device__ __forceinline__ float2 load_shared_pair(std::uint32_t address) {
   float2 r;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(address) : "memory");

@@ -170,7 +170,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     const uint32_t to = device::shared_address(s.v[before][w]) + v_offset;
 #pragma unroll
     for (int i = 0; i < 4; ++i) device::store_matrices_transposed(to + i * 2048, O16 + 4 * i);
-    device::fence_shared_to_async();
     replaced(before);
   };
   const auto load_factors = [&](float2(&to)[8], const float* from) {
@@ -221,11 +220,10 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     const bool values = work.values();
     const auto wait_for_chunk = [&] { device::barrier_wait(s.made[stage.at], stage.parity); };
     if (chunks > 0) wait_for_chunk();
+    // Runs of chunks of one kind have a loop of their own each: a jump over another kind's instructions takes a hundred cycles and more.
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = 0; c < chunks;) {
       const int at = stage.at;
-      const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
-      const float decay = s.decay[at];
       const bool full = work.full(c);
       if (a.saved_states.data != nullptr && full && (item.first + c) % a.checkpoint_chunks == 0) {
         const std::int64_t slot = (static_cast<std::int64_t>(work.row) * a.sequences.T + work.token) / (kChunk * a.checkpoint_chunks) +
@@ -238,22 +236,83 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         if (pending) put_o();
         step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
         pending = false;
-        if (full) device::fence_shared_to_async();
         if (values) replaced(v_stage.at);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
         device::barrier_arrive(s.released[at]);
         stage.next();
         if (values) v_stage.next();
-        if (c + 1 < chunks) wait_for_chunk();
+        if (++c < chunks) wait_for_chunk();
         continue;
       }
+      // Whether the chunk that comes next goes the same way; waits for it.
+      const auto goes_on = [&](bool same) {
+        if (++c >= chunks) return false;
+        wait_for_chunk();
+        return same && device::load_shared_int(&s.t[stage.at].tail.hard) == 0;
+      };
+      bool on = true;
       if (!full) {  // the state alone; a branch further down would cross products in flight, which ptxas then serialises
+        const int end = min(chunks, item.warm);
+#pragma unroll 1
+        while (on) {
+          const int at = stage.at;
+          const uint64_t k = device::describe_rows_128(s.k[at][0]);
+          const float decay = s.decay[at];
+          device::named_sync(kTurnBarrier + w, 256);
+          device::wgmma_fence();
+          multiply_tile<Type>(U, S16, k);
+          device::wgmma_commit();
+          if (pending) put_o();
+          device::wgmma_wait<1>();
+          device::hold(S);
+#pragma unroll
+          for (int i = 0; i < 64; ++i) S[i] *= decay;
+          device::hold(S);
+          uint32_t V16[16], X16[16];
+          load_values(V16);
+          if (!values) {
+#pragma unroll
+            for (int i = 0; i < 16; ++i) V16[i] = 0;
+          }
+          float4 solve[8];
+          load_solve(solve, s.solve[at]);
+          device::wgmma_wait<0>();
+          device::hold(U);
+          solve_for<Type>(X16, U, V16, solve);
+          device::wgmma_fence();
+          multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
+          device::wgmma_commit();
+          device::named_arrive(kTurnBarrier + 1 - w, 256);
+          float2 factor[8];
+          load_factors(factor, s.write[at]);
+          if (values) replaced(v_stage.at);
+          pending = false;
+          device::wgmma_wait<0>();
+          device::hold(U);
+          write_state<Type>(S, U, factor, s.k[at][0]);
+          stage.next();
+          if (values) v_stage.next();
+          on = goes_on(c + 1 < end);
+          device::wgmma_wait<0>();
+          device::hold(S);
+#pragma unroll
+          for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+          device::barrier_arrive(s.released[at]);
+        }
+        continue;
+      }
+#pragma unroll 1
+      while (on) {
+        const int at = stage.at;
+        const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
+        const float decay = s.decay[at];
         device::named_sync(kTurnBarrier + w, 256);
         device::wgmma_fence();
-        multiply_tile<Type>(U, S16, k);
+        multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
         device::wgmma_commit();
         if (pending) put_o();
+        // Waits for nothing, but ptxas must see that S is free while the product runs.
         device::wgmma_wait<1>();
         device::hold(S);
 #pragma unroll
@@ -261,92 +320,50 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::hold(S);
         uint32_t V16[16], X16[16];
         load_values(V16);
-        if (!values) {
-#pragma unroll
-          for (int i = 0; i < 16; ++i) V16[i] = 0;
-        }
         float4 solve[8];
         load_solve(solve, s.solve[at]);
         device::wgmma_wait<0>();
         device::hold(U);
         solve_for<Type>(X16, U, V16, solve);
         device::wgmma_fence();
-        multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
+        multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
+        device::wgmma_commit();
+        multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
         device::wgmma_commit();
         device::named_arrive(kTurnBarrier + 1 - w, 256);
         float2 factor[8];
         load_factors(factor, s.write[at]);
-        if (values) replaced(v_stage.at);
-        pending = false;
-        device::wgmma_wait<0>();
+        device::wgmma_wait<1>();
         device::hold(U);
         write_state<Type>(S, U, factor, s.k[at][0]);
+        load_factors(factor, s.out[at]);
+        device::wgmma_wait<1>();
+        device::hold(O);
+        device::hold(U);
+        uint32_t Up16[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) Up16[i] = pack<Type>(U[2 * i], U[2 * i + 1]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          O[4 * j] *= factor[j].x, O[4 * j + 1] *= factor[j].y, O[4 * j + 2] *= factor[j].x, O[4 * j + 3] *= factor[j].y;
+        }
+        device::wgmma_fence();
+        multiply_panels<Type, false>(O, Up16, device::describe_panel(s.p[at]));  // O^T = gam scale O^T + U^T P^T
+        device::wgmma_commit();
+        pending = true, before = v_stage.at;
         stage.next();
-        if (values) v_stage.next();
-        if (c + 1 < chunks) wait_for_chunk();
-        device::wgmma_wait<0>();
+        v_stage.next();
+        on = goes_on(a.saved_states.data == nullptr);
+        device::wgmma_wait<1>();
         device::hold(S);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+        device::wgmma_wait<0>();
+        device::hold(O);
         device::barrier_arrive(s.released[at]);
-        continue;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
       }
-      device::named_sync(kTurnBarrier + w, 256);
-      device::wgmma_fence();
-      multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
-      device::wgmma_commit();
-      if (pending) put_o();
-      // Waits for nothing, but ptxas must see that S is free while the product runs.
-      device::wgmma_wait<1>();
-      device::hold(S);
-#pragma unroll
-      for (int i = 0; i < 64; ++i) S[i] *= decay;
-      device::hold(S);
-      uint32_t V16[16], X16[16];
-      load_values(V16);
-      float4 solve[8];
-      load_solve(solve, s.solve[at]);
-      device::wgmma_wait<0>();
-      device::hold(U);
-      solve_for<Type>(X16, U, V16, solve);
-      device::wgmma_fence();
-      multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
-      device::wgmma_commit();
-      multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
-      device::wgmma_commit();
-      device::named_arrive(kTurnBarrier + 1 - w, 256);
-      float2 factor[8];
-      load_factors(factor, s.write[at]);
-      device::wgmma_wait<1>();
-      device::hold(U);
-      write_state<Type>(S, U, factor, s.k[at][0]);
-      load_factors(factor, s.out[at]);
-      device::wgmma_wait<1>();
-      device::hold(O);
-      device::hold(U);
-      uint32_t Up16[16];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) Up16[i] = pack<Type>(U[2 * i], U[2 * i + 1]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        O[4 * j] *= factor[j].x, O[4 * j + 1] *= factor[j].y, O[4 * j + 2] *= factor[j].x, O[4 * j + 3] *= factor[j].y;
-      }
-      device::wgmma_fence();
-      multiply_panels<Type, false>(O, Up16, device::describe_panel(s.p[at]));  // O^T = gam scale O^T + U^T P^T
-      device::wgmma_commit();
-      pending = true, before = v_stage.at;
-      stage.next();
-      v_stage.next();
-      if (c + 1 < chunks) wait_for_chunk();
-      device::wgmma_wait<1>();
-      device::hold(S);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-      device::wgmma_wait<0>();
-      device::hold(O);
-      device::barrier_arrive(s.released[at]);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
     }
     end_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);
   }

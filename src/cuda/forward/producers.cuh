@@ -190,6 +190,7 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
     device::barrier_wait(s.v_replaced[stage.at], stage.parity ^ 1);
     Output& to = s.output[stage.at];
     if (to.map == nullptr) return;
+    device::fence_shared_to_async();  // in the consumers' place, whose time it would take
     device::store_box(to.map, s.v[stage.at], to.head, to.token, to.row);
     to.map = nullptr;
     device::wait_stores_read();
