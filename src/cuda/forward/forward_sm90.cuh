@@ -156,21 +156,23 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
   Place<kStages> stage;
   Place<kValueStages> v_stage;
   float S[64], U[32], O[32];
-  uint32_t S16[32], O16[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) O16[i] = 0;
-  // The output of the chunk before, on its way into the tile that its values came in; it may be another item's.
-  bool pending = false;
-  int before = 0;
+  uint32_t S16[32];
   const auto replaced = [&](int at) {
     __syncwarp();
     device::barrier_arrive_if(s.v_replaced[at], lane == 0);
   };
-  const auto put_o = [&] {
-    const uint32_t to = device::shared_address(s.v[before][w]) + v_offset;
+  // A chunk's output, into the tile that its values came in. The value thread orders it before the store: here the fence would be waited
+  // for.
+  const auto put_o = [&](int at) {
+    const uint32_t to = device::shared_address(s.v[at][w]) + v_offset;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) device::store_matrices_transposed(to + i * 2048, O16 + 4 * i);
-    replaced(before);
+    for (int i = 0; i < 4; ++i) {
+      uint32_t O16[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) O16[e] = pack<Type>(O[8 * i + 2 * e], O[8 * i + 2 * e + 1]);
+      device::store_matrices_transposed(to + i * 2048, O16);
+    }
+    replaced(at);
   };
   const auto load_factors = [&](float2(&to)[8], const float* from) {
 #pragma unroll
@@ -200,9 +202,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     if (work.staged == Staged::no) {
       begin_item(a, item, S, first_row, lane);
     } else {
-      // The value thread may want the tile for another state before a chunk comes.
-      if (pending) put_o();
-      pending = false;
       const int first = v_stage.at;
       device::barrier_wait(s.made[stage.at], stage.parity);
       device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity), v_stage.next();
@@ -233,9 +232,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       if (s.t[at].tail.hard != 0) {
         device::named_sync(kTurnBarrier + w, 256);
         device::named_arrive(kTurnBarrier + 1 - w, 256);
-        if (pending) put_o();
         step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
-        pending = false;
         if (values) replaced(v_stage.at);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
@@ -259,16 +256,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           const int at = stage.at;
           const uint64_t k = device::describe_rows_128(s.k[at][0]);
           const float decay = s.decay[at];
-          device::named_sync(kTurnBarrier + w, 256);
-          device::wgmma_fence();
-          multiply_tile<Type>(U, S16, k);
-          device::wgmma_commit();
-          if (pending) put_o();
-          device::wgmma_wait<1>();
-          device::hold(S);
-#pragma unroll
-          for (int i = 0; i < 64; ++i) S[i] *= decay;
-          device::hold(S);
           uint32_t V16[16], X16[16];
           load_values(V16);
           if (!values) {
@@ -277,17 +264,25 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           }
           float4 solve[8];
           load_solve(solve, s.solve[at]);
+          device::named_sync(kTurnBarrier + w, 256);
+          device::wgmma_fence();
+          multiply_tile<Type>(U, S16, k);
+          device::wgmma_commit();
+          device::wgmma_wait<1>();
+          device::hold(S);
+#pragma unroll
+          for (int i = 0; i < 64; ++i) S[i] *= decay;
+          device::hold(S);
           device::wgmma_wait<0>();
           device::hold(U);
           solve_for<Type>(X16, U, V16, solve);
+          float2 factor[8];
+          load_factors(factor, s.write[at]);
           device::wgmma_fence();
           multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
           device::wgmma_commit();
           device::named_arrive(kTurnBarrier + 1 - w, 256);
-          float2 factor[8];
-          load_factors(factor, s.write[at]);
           if (values) replaced(v_stage.at);
-          pending = false;
           device::wgmma_wait<0>();
           device::hold(U);
           write_state<Type>(S, U, factor, s.k[at][0]);
@@ -307,36 +302,36 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         const int at = stage.at;
         const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
         const float decay = s.decay[at];
+        // Loads stand before products: behind them they would wait until the last product has begun.
+        uint32_t V16[16], X16[16];
+        load_values(V16);
+        float4 solve[8];
+        load_solve(solve, s.solve[at]);
         device::named_sync(kTurnBarrier + w, 256);
         device::wgmma_fence();
         multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
         device::wgmma_commit();
-        if (pending) put_o();
         // Waits for nothing, but ptxas must see that S is free while the product runs.
         device::wgmma_wait<1>();
         device::hold(S);
 #pragma unroll
         for (int i = 0; i < 64; ++i) S[i] *= decay;
         device::hold(S);
-        uint32_t V16[16], X16[16];
-        load_values(V16);
-        float4 solve[8];
-        load_solve(solve, s.solve[at]);
         device::wgmma_wait<0>();
         device::hold(U);
         solve_for<Type>(X16, U, V16, solve);
+        float2 factor[8], out_factor[8];
+        load_factors(factor, s.write[at]);
         device::wgmma_fence();
         multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
         device::wgmma_commit();
         multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
         device::wgmma_commit();
         device::named_arrive(kTurnBarrier + 1 - w, 256);
-        float2 factor[8];
-        load_factors(factor, s.write[at]);
         device::wgmma_wait<1>();
         device::hold(U);
+        load_factors(out_factor, s.out[at]);
         write_state<Type>(S, U, factor, s.k[at][0]);
-        load_factors(factor, s.out[at]);
         device::wgmma_wait<1>();
         device::hold(O);
         device::hold(U);
@@ -345,12 +340,12 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         for (int i = 0; i < 16; ++i) Up16[i] = pack<Type>(U[2 * i], U[2 * i + 1]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          O[4 * j] *= factor[j].x, O[4 * j + 1] *= factor[j].y, O[4 * j + 2] *= factor[j].x, O[4 * j + 3] *= factor[j].y;
+          O[4 * j] *= out_factor[j].x, O[4 * j + 1] *= out_factor[j].y, O[4 * j + 2] *= out_factor[j].x, O[4 * j + 3] *= out_factor[j].y;
         }
         device::wgmma_fence();
         multiply_panels<Type, false>(O, Up16, device::describe_panel(s.p[at]));  // O^T = gam scale O^T + U^T P^T
         device::wgmma_commit();
-        pending = true, before = v_stage.at;
+        const int v_at = v_stage.at;
         stage.next();
         v_stage.next();
         on = goes_on(a.saved_states.data == nullptr);
@@ -361,13 +356,11 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::wgmma_wait<0>();
         device::hold(O);
         device::barrier_arrive(s.released[at]);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
+        put_o(v_at);
       }
     }
     end_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);
   }
-  if (pending) put_o();
 }
 
 template <Operand Type>
