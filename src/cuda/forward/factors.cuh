@@ -66,7 +66,7 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
       s.write[at][token] = device::exp2_fast(last - c) * key;
       s.out[at][token] = gamma * query;
       if (token == 0) s.decay[at] = device::exp2_fast(last);
-      // So that the consumers have one barrier to wait for.
+      // So that the consumers have one barrier to wait for, until they want P.
       if (values) {
         device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
         v_stage.next();
@@ -118,7 +118,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
 #pragma unroll 1
     for (int i = work.stages_before(); i > 0; --i) {
       device::barrier_wait(s.loaded[stage.at], stage.parity);
-      device::barrier_arrive(s.made[stage.at]);
+      device::barrier_arrive(s.p_made[stage.at]);
       stage.next();
     }
 #pragma unroll 1
@@ -127,7 +127,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       const float* c = s.t[at].tail.c;
       device::barrier_wait(s.loaded[at], stage.parity);
       if (!work.full(chunk)) {
-        device::barrier_arrive(s.made[at]);
+        device::barrier_arrive(s.p_made[at]);
         stage.next();
         continue;
       }
@@ -156,7 +156,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       if (warp == 2) make_p<Type, 3>(A, c, s.key[at], row_scale, to, 2, lane);
       if (warp == 3) make_p<Type, 4>(A, c, s.key[at], row_scale, to, 3, lane);
       device::fence_shared_to_async();
-      device::barrier_arrive(s.made[at]);
+      device::barrier_arrive(s.p_made[at]);
       stage.next();
     }
   }

@@ -156,7 +156,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
   Place<kStages> stage;
   Place<kValueStages> v_stage;
   float S[64], U[32], O[32];
-  uint32_t S16[32];
   const auto replaced = [&](int at) {
     __syncwarp();
     device::barrier_arrive_if(s.v_replaced[at], lane == 0);
@@ -214,8 +213,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       stage.next(), v_stage.next();
     }
     tell_initial_read(a, item, w, warp == 0 && lane == 0);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
     const bool values = work.values();
     const auto wait_for_chunk = [&] { device::barrier_wait(s.made[stage.at], stage.parity); };
     if (chunks > 0) wait_for_chunk();
@@ -234,25 +231,23 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::named_arrive(kTurnBarrier + 1 - w, 256);
         step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
         if (values) replaced(v_stage.at);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
         device::barrier_arrive(s.released[at]);
         stage.next();
         if (values) v_stage.next();
         if (++c < chunks) wait_for_chunk();
         continue;
       }
-      // Whether the chunk that comes next goes the same way; waits for it.
-      const auto goes_on = [&](bool same) {
-        if (++c >= chunks) return false;
+      // Waits for the next chunk. Not 0: there is none, or it does not go the same way.
+      const auto waits_for_next = [&](bool same) {
+        if (++c >= chunks) return 1;
         wait_for_chunk();
-        return same && device::load_shared_int(&s.t[stage.at].tail.hard) == 0;
+        return same ? device::load_shared_int(&s.t[stage.at].tail.hard) : 1;
       };
-      bool on = true;
+      int stop = 0;
       if (!full) {  // the state alone; a branch further down would cross products in flight, which ptxas then serialises
         const int end = min(chunks, item.warm);
 #pragma unroll 1
-        while (on) {
+        while (stop == 0) {
           const int at = stage.at;
           const uint64_t k = device::describe_rows_128(s.k[at][0]);
           const float decay = s.decay[at];
@@ -264,6 +259,9 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           }
           float4 solve[8];
           load_solve(solve, s.solve[at]);
+          uint32_t S16[32];
+#pragma unroll
+          for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
           device::named_sync(kTurnBarrier + w, 256);
           device::wgmma_fence();
           multiply_tile<Type>(U, S16, k);
@@ -288,17 +286,15 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           write_state<Type>(S, U, factor, s.k[at][0]);
           stage.next();
           if (values) v_stage.next();
-          on = goes_on(c + 1 < end);
+          stop = waits_for_next(c + 1 < end);
           device::wgmma_wait<0>();
           device::hold(S);
-#pragma unroll
-          for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
           device::barrier_arrive(s.released[at]);
         }
         continue;
       }
 #pragma unroll 1
-      while (on) {
+      while (stop == 0) {
         const int at = stage.at;
         const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
         const float decay = s.decay[at];
@@ -307,6 +303,9 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         load_values(V16);
         float4 solve[8];
         load_solve(solve, s.solve[at]);
+        uint32_t S16[32];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
         device::named_sync(kTurnBarrier + w, 256);
         device::wgmma_fence();
         multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
@@ -320,6 +319,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::wgmma_wait<0>();
         device::hold(U);
         solve_for<Type>(X16, U, V16, solve);
+        device::barrier_wait(s.p_made[at], stage.parity);
         float2 factor[8], out_factor[8];
         load_factors(factor, s.write[at]);
         device::wgmma_fence();
@@ -348,11 +348,9 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         const int v_at = v_stage.at;
         stage.next();
         v_stage.next();
-        on = goes_on(a.saved_states.data == nullptr);
+        stop = waits_for_next(a.saved_states.data == nullptr);
         device::wgmma_wait<1>();
         device::hold(S);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
         device::wgmma_wait<0>();
         device::hold(O);
         device::barrier_arrive(s.released[at]);
@@ -375,7 +373,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       device::barrier_init(s.loaded[i], 1);
       device::barrier_init(s.normed[i], kChunk);
-      device::barrier_init(s.made[i], 128 + kChunk);
+      device::barrier_init(s.made[i], kChunk);
+      device::barrier_init(s.p_made[i], 128);
       device::barrier_init(s.released[i], 256);
     }
     for (int i = 0; i < kValueStages; ++i) {

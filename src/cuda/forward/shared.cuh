@@ -56,7 +56,7 @@ struct alignas(1024) Shared {
   Work work[kWorkRing];
   Output output[kValueStages];
   segment::ScanShared scan;
-  Barrier loaded[kStages], normed[kStages], made[kStages], released[kStages];
+  Barrier loaded[kStages], normed[kStages], made[kStages], p_made[kStages], released[kStages];
   Barrier v_loaded[kValueStages], v_replaced[kValueStages];  // replaced: by o, or read where there is none
   Barrier item_full[kWorkRing], item_empty[kWorkRing];
   int scanned, announced;  // steps of scans: written to global memory so far, and made known to other multiprocessors
