@@ -73,9 +73,8 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
         for (int k = threadIdx.x; k < total.x; k += kThreads) {
           const Segment x = alike_segment(a, s, first, boundaries, k);
           if (x.first()) continue;
-          const signed char* cut =
-              a.forgotten + static_cast<std::int64_t>(x.pair.head) * forgotten_row(a.slots) + x.pair.slot + x.begin;
-          a.plan.warm[x.boundary] = a.mode == Mode::automatic ? warm_up(cut, x.begin, a.enough, false, 0) : 0;
+          const signed char* cut = a.forgotten + static_cast<std::int64_t>(x.pair.head) * forgotten_row(a.slots) + x.pair.slot + x.begin;
+          a.plan.warm[x.boundary] = a.mode == Mode::automatic ? warm_up(cut, x.begin, a.enough) : 0;
           a.plan.arrived[x.boundary] = a.plan.scanned[x.boundary] = 0;
         }
         __syncthreads();
@@ -93,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
         block_sums(at, sum, s.scratch[turn ^ 1]);
         if (pass == 0) warm_boundaries += sum[3], warm_chunks += sum[4];
         if (pass == 1 && k < total.x) {
-          const Counts next{before.firsts + (at[0] & 0xFFFF), before.parts + at[1], before.scans + at[2], before.dependents + (at[0] >> 16)};
+          const Counts next{before.firsts + (at[0] & 0xFFFF), before.parts + at[1], before.scans + at[2],
+                            before.dependents + (at[0] >> 16)};
           emit(a.plan.items, x, t, next, warm_of);
         }
         before.firsts += sum[0] & 0xFFFF, before.parts += sum[1], before.scans += sum[2], before.dependents += sum[0] >> 16;

@@ -39,27 +39,22 @@ __device__ __forceinline__ unsigned inside(unsigned word, int first, int chunks)
 }
 
 // Chunks of warm-up that reach the state before the chunk whose byte is at `cut`, `chunks` into its sequence; 0: none are enough.
-__device__ __forceinline__ int warm_up(const signed char* cut, int chunks, int wanted, bool rehearsing, int head) {
+static __device__ __noinline__ int warm_up(const signed char* cut, int chunks, int wanted) {
   static_assert(kMostWarmUp == 8);
-  const auto low = reinterpret_cast<std::uintptr_t>(cut - 8) & ~static_cast<std::uintptr_t>(7);
-  const int shift = 8 * static_cast<int>(reinterpret_cast<std::uintptr_t>(cut) & 7);
-  std::uint64_t bytes = 0, above = 0;
-  if (!rehearsing && low + 8 > reinterpret_cast<std::uintptr_t>(cut - chunks)) bytes = __ldcg(reinterpret_cast<const unsigned long long*>(low));
-  if (!rehearsing && shift > 0) above = __ldcg(reinterpret_cast<const unsigned long long*>(low + 8));
-  if (shift > 0) bytes = bytes >> shift | above << (64 - shift);
-  if (rehearsing) bytes = head % 4 == 0 ? 0 : kAllForgotten * 0x100000001ULL;
-  int sum = 0, enough = 0;
+  const auto address = reinterpret_cast<std::uintptr_t>(cut);
+  const auto* from = reinterpret_cast<const unsigned*>((address & ~static_cast<std::uintptr_t>(3)) - kMostWarmUp);
+  const int shift = 8 * static_cast<int>(address & 3);
+  const unsigned first = __ldcg(from), second = __ldcg(from + 1), third = __ldcg(from + 2);
+  unsigned low = __funnelshift_r(first, second, shift), high = __funnelshift_r(second, third, shift);
+  int sum = 0;
 #pragma unroll 1
   for (int i = 1; i <= min(chunks, kMostWarmUp); ++i) {
-    const int here = static_cast<int>(bytes >> 32) >> 24;
-    bytes <<= 8, sum += here;
+    const int here = static_cast<int>(high) >> 24;
+    high = __funnelshift_l(low, high, 8), low <<= 8, sum += here;
     if (here < 0) break;
-    if (sum >= wanted) {
-      enough = i;
-      break;
-    }
+    if (sum >= wanted) return i;
   }
-  return enough;
+  return 0;
 }
 
 }  // namespace flashdelta::cuda::segment

@@ -55,39 +55,41 @@ __device__ __forceinline__ void put(Item* items, int index, const Item& x) {
   to[2] = make_int4(x.to_boundary, x.scan_steps, x.more, x.from_scan);
 }
 
-// Items of one segment, at its numbers within each kind.
+// Items of one segment, at its numbers within each kind. One loop, so that there is one place that writes items.
 template <class WarmOf>
 __device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, WarmOf warm_of) {
-  Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::start, 0, To::nowhere, 0, 0, -1, 0};
-  item.to_boundary = x.boundary + 1;
-  item.to = x.last() ? To::final_state : x.next_dependent ? To::boundary : To::nowhere;
-  int index = at.firsts;
+  Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, x.boundary, To::nowhere, x.boundary + 1, 0, -1, 0};
+  if (x.last()) item.to = To::final_state;
+  int index = 0, count = 1;
   if (x.dependent) {
-    item.from = From::boundary, item.from_boundary = x.boundary, item.from_scan = x.after_dependent ? 1 : 0;
     // Its end is the scan's to write, unless no one waits for it.
-    if (!x.last()) item.to = To::nowhere;
+    item.from_scan = x.after_dependent ? 1 : 0;
     index = t.dependent() + at.dependents;
+    if (x.next_dependent) count = x.after_dependent ? 3 : 3 + kScanBlocks;
   } else {
     item.from = x.first() ? From::start : From::zero;
+    if (x.next_dependent) item.to = To::boundary;
     item.first -= x.warm, item.chunks += x.warm, item.warm = x.warm;
+    index = at.firsts;
   }
-  put(items, index, item);
-  if (!x.dependent || !x.next_dependent) return;
-  item.warm = item.chunks;
-  item.from_scan = 0;
 #pragma unroll 1
-  for (int part = 0; part < 2; ++part) {
-    item.from = part == 0 ? From::identity : From::zero, item.to = part == 0 ? To::transition : To::boundary;
-    put(items, t.part() + at.parts + part, item);
-  }
-  if (x.after_dependent) return;
-  int steps = 0;
-  for (int j = x.j + 1; j < x.count && warm_of(x.boundary + j - x.j) == 0; ++j) ++steps;
-  Item scan{x.pair.sequence, x.pair.head, 0, 1 << 30, 0, From::boundary, x.boundary, To::boundary, x.boundary + 1, steps, -1, 0};
+  for (int i = 1;; ++i) {
+    put(items, index++, item);
+    if (i == count) return;
+    if (i == 1) {
+      item.warm = item.chunks, item.from_scan = 0;
+      item.from = From::identity, item.to = To::transition;
+      index = t.part() + at.parts;
+    } else if (i == 2) {
+      item.from = From::zero, item.to = To::boundary;
+    } else if (i == 3) {
+      item.first = 0, item.warm = 1 << 30, item.chunks = 0, item.from = From::boundary;
 #pragma unroll 1
-  for (int block = 0; block < kScanBlocks; ++block) {
-    scan.first = block;
-    put(items, t.scan() + at.scans + block, scan);
+      for (int j = x.j + 1; j < x.count && warm_of(x.boundary + j - x.j) == 0; ++j) ++item.scan_steps;
+      index = t.scan() + at.scans;
+    } else {
+      ++item.first;
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // What a plan by cost is made from before anything is known of the gates: lengths, and the pairs that may be cut.
 #pragma once
 
+#include "cuda/device/reciprocal.cuh"
 #include "cuda/segment/emit.cuh"
 
 namespace flashdelta::cuda::segment {
@@ -13,21 +14,30 @@ constexpr int kPasses = 2;  // a rehearsal, and the plan
 // What a number of segments makes of the exact pairs.
 struct alignas(16) Model {
   float time;
-  float wanted;                  // chunks of a segment
-  int parts, scans, dependents;  // items: firsts, transitions and local states; column blocks; segments that wait
-  float parts_cost, scans_cost, dependents_cost;
+  float wanted;    // chunks of a segment
+  int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait
+  float costs[3];  // of all of each
+};
+enum ModelItem { kParts, kScans, kDependents, kModelItems };
+
+struct Outline {
+  int listed, runs, longest, longest_whole;  // listed: 0 where no plan could be worth it
+  float whole, uncut;                        // chunks, and what beginning costs, of pairs that are not listed; time of a call without cuts
 };
 
 struct Shared {
-  Pair sequences[kMostListed];  // whose pairs may be cut; `head` is the number of their run
-  Pair pairs[kMostListed];      // of them
-  int run_chunks[kMostListed];  // of listed sequences of one length, next to one another
+  Pair sequences[kMostListed];           // whose pairs may be cut; `head` is the number of their run
+  Pair pairs[kMostListed];               // of them
+  const signed char* rows[kMostListed];  // where their chunks' bytes lie
+  int run_chunks[kMostListed];           // of listed sequences of one length, next to one another
   int run_exact[kPasses][kMostListed];
+  unsigned char run[kMostListed];                // of a pair
   unsigned char fails[kPasses][2][kMostListed];  // some four chunks, or eight, forget too little
   unsigned char window[kMostListed];             // chunks within which a pair forgets wherever one looks; 0: it does not
   short exact[kMostListed], warm[kMostListed];   // listed pairs of either kind
   float line[kMostListed];                       // where warm pairs begin on their line
   int2 start[kThreads];                          // of pieces of the line: warm pair and chunk
+  Outline outline;
   Model model[kMostSegments];
   unsigned least[kWarps];
   int segment[kMostListed + kMostBoundaries];  // of exact pairs: pair, its number in it, how many that has, a byte each
@@ -68,44 +78,34 @@ __device__ __forceinline__ void block_sums(int (&x)[N], int (&total)[N], int* sc
 // items / per, rounded up, with the reciprocal of per. Not a division: half an item is more than what the product errs by.
 __device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) { return floorf((items + per - 0.5F) * reciprocal); }
 
-struct Outline {
-  int listed, runs, longest, longest_whole;  // listed: 0 where no plan could be worth it
-  float total, in_list, uncut;               // chunks of all pairs, and of those listed; time
-  Pair mine;                                 // the pair listed at this thread's number, and its run
-  int run;
+// Longest, shortest and sum of the lengths of a packed call's sequences; empty ones are not the shortest.
+struct Lengths {
+  int longest, shortest;
+  unsigned sum;
 };
-
-__device__ __forceinline__ Outline outline_of(const Arguments& a, Shared& s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = threadIdx.x;
-  Outline x{};
-  s.run_exact[0][i] = s.run_exact[1][i] = 0;
-  reinterpret_cast<int*>(s.fails)[i] = 0;
-  static_assert(sizeof(s.fails) == kThreads * sizeof(int) && kMostListed == kThreads);
-  if (i < 2) s.figures[i] = 0;
-
-  unsigned sum = 0;
-  int longest = 0, shortest = 1 << 30;
+__device__ __forceinline__ Lengths measure(const Arguments& a, Shared& s) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Lengths x{0, 1 << 30, 0};
 #pragma unroll 1
-  for (int n = i; n < a.sequences.N; n += kThreads) {
+  for (int n = threadIdx.x; n < a.sequences.N; n += kThreads) {
     const int chunks = a.sequences.span(n).chunks();
-    sum += chunks, longest = max(longest, chunks);
-    if (chunks > 0) shortest = min(shortest, chunks);
+    x.sum += chunks, x.longest = max(x.longest, chunks);
+    if (chunks > 0) x.shortest = min(x.shortest, chunks);
   }
+  x = {__reduce_max_sync(~0U, x.longest), __reduce_min_sync(~0U, x.shortest), __reduce_add_sync(~0U, x.sum)};
   int* scratch = s.scratch[0];
-  sum = __reduce_add_sync(~0U, sum), longest = __reduce_max_sync(~0U, longest), shortest = __reduce_min_sync(~0U, shortest);
-  if (lane == 0) scratch[warp] = sum, scratch[kWarps + warp] = longest, scratch[2 * kWarps + warp] = shortest;
+  if (lane == 0) scratch[warp] = x.longest, scratch[kWarps + warp] = x.shortest, scratch[2 * kWarps + warp] = static_cast<int>(x.sum);
   __syncthreads();
-  sum = __reduce_add_sync(~0U, lane < kWarps ? static_cast<unsigned>(scratch[lane]) : 0U);
-  longest = __reduce_max_sync(~0U, scratch[kWarps + lane % kWarps]), shortest = __reduce_min_sync(~0U, scratch[2 * kWarps + lane % kWarps]);
+  const int at = lane % kWarps;
+  const auto sum = static_cast<unsigned>(scratch[2 * kWarps + at]);
+  return {__reduce_max_sync(~0U, scratch[at]), __reduce_min_sync(~0U, scratch[kWarps + at]),
+          __reduce_add_sync(~0U, lane < kWarps ? sum : 0U)};
+}
 
-  const float P = static_cast<float>(a.multiprocessors), reciprocal = __fdividef(1.F, P), pairs = static_cast<float>(a.sequences.N) * a.HV;
-  x.total = static_cast<float>(sum) * a.HV, x.longest = longest;
-  const float share = x.total * reciprocal, begins = kItem * pairs * reciprocal;
-  x.uncut = longest == shortest ? rounded_up(pairs, P, reciprocal) * (longest + kItem)
-                                : fmaxf(longest + kItem, share + begins + 0.5F * longest);
-  x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
-  if (longest <= x.longest_whole || share + begins > kWorthIt * x.uncut) return x;
-
+// Lists a packed call's sequences of more than outline.longest_whole chunks, and which of them are of one length; false where their pairs
+// are too many.
+__device__ __forceinline__ bool list_sequences(const Arguments& a, Shared& s, Outline& outline) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = threadIdx.x;
   int count = 0, turn = 1;
 #pragma unroll 1
   for (int first = 0; first < a.sequences.N; first += kThreads, turn ^= 1) {
@@ -115,7 +115,7 @@ __device__ __forceinline__ Outline outline_of(const Arguments& a, Shared& s) {
       const Sequences::Span span = a.sequences.span(n);
       sequence.chunks = span.chunks(), sequence.slot = span.slot;
     }
-    const bool may = sequence.chunks > x.longest_whole;
+    const bool may = sequence.chunks > outline.longest_whole;
     const unsigned vote = __ballot_sync(~0U, may);
     if (lane == 0) s.scratch[turn][warp] = __popc(vote);
     __syncthreads();
@@ -124,7 +124,7 @@ __device__ __forceinline__ Outline outline_of(const Arguments& a, Shared& s) {
     if (may && at < kMostListed) s.sequences[at] = sequence;
     count += __reduce_add_sync(~0U, part);
   }
-  if (count * a.HV > kMostListed) return x;
+  if (count * a.HV > kMostListed) return false;
   __syncthreads();
   const int chunks = i < count ? s.sequences[i].chunks : 0;
   const bool begins_run = i < count && (i == 0 || s.sequences[i - 1].chunks != chunks);
@@ -133,17 +133,56 @@ __device__ __forceinline__ Outline outline_of(const Arguments& a, Shared& s) {
   const int run = found[0] + (begins_run ? 1 : 0) - 1;
   if (i < count) s.sequences[i].head = run;
   if (begins_run) s.run_chunks[run] = chunks;
-  x.listed = count * a.HV, x.runs = all[0], x.in_list = static_cast<float>(all[1]) * a.HV;
+  outline.listed = count * a.HV, outline.runs = all[0], outline.whole -= static_cast<float>(all[1]) * a.HV + kItem * outline.listed;
   __syncthreads();
-  if (i < x.listed) {
-    const unsigned sequence = static_cast<unsigned>(i) / static_cast<unsigned>(a.HV);
-    x.mine = s.sequences[sequence];
-    x.run = x.mine.head;
-    x.mine.head = i - static_cast<int>(sequence) * a.HV;
-    s.pairs[i] = x.mine;
+  return true;
+}
+
+// Leaves s.outline, pairs and runs. Returns how many pairs are listed; 0: there is nothing to plan.
+__device__ __forceinline__ int make_outline(const Arguments& a, Shared& s) {
+  const int i = threadIdx.x;
+  const bool packed = a.sequences.cu_seqlens != nullptr;
+  Outline x{};
+  s.run_exact[0][i] = s.run_exact[1][i] = 0;
+  reinterpret_cast<int*>(s.fails)[i] = 0;
+  static_assert(sizeof(s.fails) == kThreads * sizeof(int) && kMostListed == kThreads);
+
+  const float P = static_cast<float>(a.multiprocessors), reciprocal = device::reciprocal(P);
+  const float pairs = static_cast<float>(a.sequences.N) * a.HV;
+  const int row = (a.sequences.T + kChunk - 1) / kChunk;  // of a call that is not packed
+  bool alike = true;
+  float total = pairs * row;
+  x.longest = row;
+  if (packed) {
+    const Lengths lengths = measure(a, s);
+    alike = lengths.longest == lengths.shortest;
+    x.longest = lengths.longest, total = static_cast<float>(lengths.sum) * a.HV;
   }
+  const float share = total * reciprocal, begins = kItem * pairs * reciprocal;
+  x.uncut = alike ? rounded_up(pairs, P, reciprocal) * (x.longest + kItem) : fmaxf(x.longest + kItem, share + begins + 0.5F * x.longest);
+  x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
+  if (x.longest <= x.longest_whole || share + begins > kWorthIt * x.uncut) return 0;
+
+  x.whole = total + kItem * pairs;
+  if (packed) {
+    if (!list_sequences(a, s, x)) return 0;
+  } else {
+    if (a.sequences.N * a.HV > kMostListed) return 0;
+    x.listed = a.sequences.N * a.HV, x.runs = 1, x.whole = 0.F;
+    if (i == 0) s.run_chunks[0] = row;
+  }
+  if (i < x.listed) {
+    const int sequence = static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(a.HV));
+    Pair mine{sequence, 0, row, sequence * row};
+    if (packed) mine = s.sequences[sequence];
+    s.run[i] = static_cast<unsigned char>(mine.head);
+    mine.head = i - sequence * a.HV;
+    s.pairs[i] = mine;
+    s.rows[i] = a.forgotten + static_cast<std::int64_t>(mine.head) * forgotten_row(a.slots) + mine.slot;
+  }
+  if (i == 0) s.outline = x;
   __syncthreads();
-  return x;
+  return x.listed;
 }
 
 }  // namespace flashdelta::cuda::segment

@@ -15,10 +15,6 @@
 
 namespace flashdelta::cuda::segment {
 
-__device__ __forceinline__ const signed char* forgotten_of(const Arguments& a, const Pair& p) {
-  return a.forgotten + static_cast<std::int64_t>(p.head) * forgotten_row(a.slots) + p.slot;
-}
-
 // Marks pairs that somewhere forget too little within four chunks, or eight. A few neighbouring lanes take a pair, or two at once, a lane
 // sixteen chunks of it at a time.
 __device__ __forceinline__ void find_windows(const Arguments& a, Shared& s, const Outline& outline, unsigned char (&fails)[2][kMostListed],
@@ -32,10 +28,12 @@ __device__ __forceinline__ void find_windows(const Arguments& a, Shared& s, cons
     unsigned made_up[2];
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      const Pair p = s.pairs[min(i + u * step, outline.listed - 1)];
-      first[u] = (static_cast<int>(threadIdx.x) & (lanes - 1)) * kForgottenGroup - p.slot % kForgottenGroup;
-      at[u] = forgotten_of(a, p) + first[u];
-      chunks[u] = p.chunks, made_up[u] = rehearsing && p.head % 4 == 0 ? kNoneForgotten : kAllForgotten;
+      const int pair = min(i + u * step, outline.listed - 1);
+      const signed char* row = s.rows[pair];
+      chunks[u] = s.pairs[pair].chunks, made_up[u] = rehearsing && pair % 4 == 0 ? kNoneForgotten : kAllForgotten;
+      first[u] = static_cast<int>(threadIdx.x & (lanes - 1)) * kForgottenGroup -
+                 static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % kForgottenGroup);
+      at[u] = row + first[u];
     }
 #pragma unroll 1
     while (first[0] < chunks[0] || first[1] < chunks[1]) {
@@ -74,6 +72,8 @@ __device__ __forceinline__ void find_windows(const Arguments& a, Shared& s, cons
   }
 }
 
+constexpr float kLineUnit = 16.F;  // of a chunk, in sums of pieces' lengths
+
 // The line of warm pairs, and the pairs on it and off it.
 struct Line {
   int pairs, exact;
@@ -86,8 +86,8 @@ __device__ __forceinline__ Line sort_pairs(const Arguments& a, Shared& s, const 
   int window = 0;
   if (here && a.mode == Mode::automatic) window = s.fails[pass][0][i] == 0 ? 4 : s.fails[pass][1][i] == 0 ? 8 : 0;
   s.window[i] = static_cast<unsigned char>(window);
-  if (here && window == 0) atomicAdd(&s.run_exact[pass][outline.run], 1);
-  int at[2] = {window > 0 ? 1 + (window << 16) : 0, window > 0 ? outline.mine.chunks : 0}, all[2];
+  if (here && window == 0) atomicAdd(&s.run_exact[pass][s.run[i]], 1);
+  int at[2] = {window > 0 ? 1 + (window << 16) : 0, window > 0 ? s.pairs[i].chunks : 0}, all[2];
   block_sums(at, all, s.scratch[0]);
   const int before = at[0] & 0xFFFF;
   if (window > 0) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ Line sort_pairs(const Arguments& a, Shared& s, const 
   Line line{};
   line.pairs = all[0] & 0xFFFF, line.exact = outline.listed - line.pairs;
   line.length = all[1] + kItem * line.pairs;
-  if (line.pairs > 0) line.cut = __fdividef(kStateOnly * (all[0] >> 16), static_cast<float>(line.pairs)) + kItem;
+  if (line.pairs > 0) line.cut = kStateOnly * (all[0] >> 16) * device::reciprocal(static_cast<float>(line.pairs)) + kItem;
   return line;
 }
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ int locate_segment(const Shared& s, const int* exact_
       k -= pairs * n, pair += pairs;
       continue;
     }
-    const int more = static_cast<int>((k + 0.5F) * __fdividef(1.F, static_cast<float>(n)));
+    const int more = static_cast<int>((k + 0.5F) * device::reciprocal(static_cast<float>(n)));
     return (pair + more) | (k - more * n) << 8 | n << 16;
   }
 }
@@ -147,141 +147,148 @@ __device__ __forceinline__ void emit_line(const Arguments& a, Shared& s, const L
   const int i = threadIdx.x;
   int index = i < t.early_pieces ? t.early() + i : t.late() + i - t.early_pieces;
   Item item{0, 0, 0, 0, 0, From::zero, 0, To::nowhere, 0, 0, -1, 0};
-  if (begin.x > end.x || (begin.x == end.x && begin.y >= end.y)) return put(a.plan.items, index, item);
-  if (counting && begin.y > 0) atomicAdd(&s.figures[0], 1), atomicAdd(&s.figures[1], warm);
+  const bool empty = begin.x > end.x || (begin.x == end.x && begin.y >= end.y);
+  if (counting && !empty && warm > 0) atomicAdd(&s.figures[0], 1), atomicAdd(&s.figures[1], warm);
 #pragma unroll 1
   for (int k = begin.x; index >= 0; ++k) {
-    const Pair p = s.pairs[s.warm[k]];
-    const int from = begin.y - warm, to = k == end.x ? end.y : p.chunks;
-    item.sequence = p.sequence, item.head = p.head, item.first = from, item.warm = warm, item.chunks = to - from;
-    item.from = begin.y > 0 ? From::zero : From::start, item.to = to == p.chunks ? To::final_state : To::nowhere;
-    item.more = k + 1 < end.x || (k + 1 == end.x && end.y > 0) ? t.count() + k + 1 : -1;
+    if (!empty) {
+      const Pair p = s.pairs[s.warm[k]];
+      const int to = k == end.x ? end.y : p.chunks;
+      item.sequence = p.sequence, item.head = p.head, item.first = begin.y - warm, item.warm = warm, item.chunks = to - item.first;
+      item.from = begin.y > 0 ? From::zero : From::start, item.to = to == p.chunks ? To::final_state : To::nowhere;
+      item.more = k + 1 < end.x || (k + 1 == end.x && end.y > 0) ? t.count() + k + 1 : -1;
+    }
     put(a.plan.items, index, item);
     index = item.more, begin.y = warm = 0;
   }
 }
 
-__device__ __forceinline__ void finish(const Arguments& a, int tickets, int longest_whole, int warm, int exact, int warm_chunks) {
-  if (threadIdx.x != 0) return;
-  *a.plan.header = {tickets, longest_whole};
-  if (a.counts == nullptr) return;
-  a.counts[0] = a.sequences.N * a.HV + warm + exact, a.counts[1] = warm, a.counts[2] = exact, a.counts[3] = warm_chunks;
+// Chunks for this thread's piece of the line, so that with its share of everything else each multiprocessor has the same load.
+__device__ __forceinline__ float room_of_piece(const Arguments& a, const Model& m, float whole, float cut) {
+  const int P = a.multiprocessors, i = threadIdx.x;
+  if (i >= P) return -1.F;
+  const float reciprocal = device::reciprocal(static_cast<float>(P));
+  float room = m.time - whole * reciprocal - cut;
+#pragma unroll 1
+  for (int kind = 0; kind < kModelItems; ++kind) {  // the last pieces take what is over
+    const int items = m.items[kind], even = static_cast<int>((items + 0.5F) * reciprocal),
+              here = even + (i >= P - (items - even * P) ? 1 : 0);
+    if (here > 0) room -= here * m.costs[kind] * device::reciprocal(static_cast<float>(items));
+  }
+  return room;
 }
 
-__device__ __forceinline__ void plan_by_cost(const Arguments& a, Shared& s, const Outline& outline, int pass) {
+// What is left to write when the plan is made.
+struct Outcome {
+  int tickets = 0, longest_whole = 1 << 30, warm = 0, exact = 0, warm_chunks = 0;  // boundaries by kind
+};
+
+__device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass) {
+  const Outline& outline = s.outline;
   const int i = threadIdx.x, P = a.multiprocessors;
   const bool rehearsing = pass == 0;
-  const auto warm_before = [&](const Pair& p, int chunk) {
-    return warm_up(forgotten_of(a, p) + chunk, chunk, a.enough, rehearsing, p.head);
-  };
+  Outcome outcome;
   if (a.mode == Mode::automatic) {
     find_windows(a, s, outline, s.fails[pass], rehearsing);
     __syncthreads();
   }
   const Line line = sort_pairs(a, s, outline, pass);
-  const float whole_pairs = static_cast<float>(a.sequences.N) * a.HV - outline.listed;
-  const float whole = outline.total - outline.in_list + kItem * whole_pairs;
-  const Model m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + whole + P * line.cut);
-  if (m.time > kWorthIt * outline.uncut) {
-    if (!rehearsing) finish(a, 0, 1 << 30, 0, 0, 0);
-    return;
-  }
+  const Model& m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + outline.whole + P * line.cut);
+  if (m.time > kWorthIt * outline.uncut) return outcome;
 
-  // Exact pairs: the states at their boundaries, then how many items there are of each kind.
-  const int segments = line.exact + m.dependents, each = (segments + kThreads - 1) / kThreads;
+  // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
+  const int segments = line.exact + m.items[kDependents], each = (segments + kThreads - 1) / kThreads;
   const int from = i * each, to = min(segments, from + each);
   const auto warm_of = [&](int boundary) { return s.warm_here[boundary]; };
-  Counts mine{};
-  int warm_chunks = 0;
-  if (segments > 0) {
-#pragma unroll 1
-    for (int k = from; k < to; ++k) {
-      s.segment[k] = locate_segment(s, s.run_exact[pass], outline, m.wanted, k);
-      const Segment x = segment_at(s, k);
-      if (x.first()) continue;
-      s.warm_here[x.boundary] = static_cast<signed char>(a.mode == Mode::automatic ? warm_before(x.pair, x.begin) : 0);
-      a.plan.arrived[x.boundary] = a.plan.scanned[x.boundary] = 0;
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int k = from; k < to; ++k) {
-      Segment x = segment_at(s, k);
-      look_around(x, warm_of);
-      mine.add(x), warm_chunks += x.warm;
-    }
-  }
-
-  // The line: a piece for each multiprocessor, so that with its share of everything else each has the same load. Where many pieces would
-  // be too short to be worth it, fewer and longer ones. Sums are of sixteenths of a chunk.
-  float room = -1.F;
-  if (i < P && line.pairs > 0) {
-    const float reciprocal = __fdividef(1.F, static_cast<float>(P));
-    const auto share = [&](int items, float cost) {  // of piece i, where the last pieces take what is over
-      if (items == 0) return 0.F;
-      const int even = static_cast<int>((items + 0.5F) * reciprocal);
-      return __fdividef((even + (i >= P - (items - even * P) ? 1 : 0)) * cost, static_cast<float>(items));
-    };
-    room = m.time - share(m.parts, m.parts_cost) - share(m.scans, m.scans_cost) - share(m.dependents, m.dependents_cost) -
-           whole * reciprocal - line.cut;
-  }
-  constexpr float kUnit = 16.F;
-  const int lengths[2] = {room >= kShortest ? static_cast<int>(room * kUnit) : 0, room >= 0.F ? static_cast<int>((room + kShortest) * kUnit) : 0};
-  int at[5] = {mine.firsts | mine.scans << 16, mine.parts | mine.dependents << 16, warm_chunks, lengths[0], lengths[1]}, all[5];
-  block_sums(at, all, s.scratch[1]);
-  const int longer = all[3] < line.length * kUnit ? 1 : 0;
-  const float line_total = (longer != 0 ? all[4] : all[3]) / kUnit;
-  const float stretch = line_total < line.length ? __fdividef(line.length, fmaxf(line_total, 1.F)) : 1.F;
-  const float piece = (longer != 0 ? at[4] : at[3]) / kUnit * stretch;
-  // Pieces without room are empty and cost a ticket; those behind the line's end are none. Without any room, one piece is the line.
-  const bool used = line.pairs > 0 && (line_total > 0.F ? lengths[longer] > 0 && piece < line.length : i == 0);
+  Counts numbers{};
+  Tickets t{};
   int2 begin = make_int2(line.pairs, 0);
-  int warm = 0;
-  if (used) {
-    begin = start_of(s, line, piece);
-    if (begin.y > 0) warm = warm_before(s.pairs[s.warm[begin.x]], begin.y);
-  }
-  s.start[i] = begin;
-  const int pieces = __syncthreads_count(used);
-
-  Tickets t{all[0] & 0xFFFF, all[1] & 0xFFFF, 0, all[0] >> 16, 0, all[1] >> 16};
-  const int running = t.firsts + t.parts;
-  const int over = running - static_cast<int>((running + 0.5F) * __fdividef(1.F, static_cast<float>(P))) * P;
-  t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
-  t.late_pieces = pieces - t.early_pieces;
-  Counts next{at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
+  int warm = 0, pieces = 0;
 #pragma unroll 1
-  for (int k = from; k < to; ++k) {
-    Segment x = segment_at(s, k);
-    look_around(x, warm_of);
-    emit(a.plan.items, x, t, next, warm_of);
-    next.add(x);
+  for (int stage = 0; stage < 3; ++stage) {
+    if (stage == 1) __syncthreads();
+    if (stage == 2) {
+      const float room = line.pairs > 0 ? room_of_piece(a, m, outline.whole, line.cut) : -1.F;
+      int at[5] = {numbers.firsts | numbers.scans << 16, numbers.parts | numbers.dependents << 16, warm,
+                   room >= kShortest ? static_cast<int>(room * kLineUnit) : 0,
+                   room >= 0.F ? static_cast<int>((room + kShortest) * kLineUnit) : 0};
+      const bool room3 = at[3] > 0, room4 = at[4] > 0;
+      int all[5];
+      block_sums(at, all, s.scratch[1]);
+      outcome.warm_chunks = all[2];
+      // Where many pieces would be too short to be worth it, fewer and longer ones.
+      const bool longer = all[3] < line.length * kLineUnit;
+      const float total = (longer ? all[4] : all[3]) / kLineUnit;
+      const float piece = (longer ? at[4] : at[3]) / kLineUnit * fmaxf(1.F, line.length * device::reciprocal(fmaxf(total, 1.F)));
+      // Pieces without room are empty and cost a ticket; those behind the line's end are none. Without any room, one piece is the line.
+      const bool used = line.pairs > 0 && (total > 0.F ? (longer ? room4 : room3) && piece < line.length : i == 0);
+      warm = 0;
+      if (used) begin = start_of(s, line, piece);
+      if (begin.y > 0) {
+        warm = warm_up(s.rows[s.warm[begin.x]] + begin.y, begin.y, a.enough);
+        if (rehearsing) warm = 1;
+      }
+      s.start[i] = begin;
+      pieces = __syncthreads_count(used);
+      t.firsts = all[0] & 0xFFFF, t.parts = all[1] & 0xFFFF, t.scans = all[0] >> 16, t.dependents = all[1] >> 16;
+      const int running = t.firsts + t.parts;
+      const int over = running - static_cast<int>((running + 0.5F) * device::reciprocal(static_cast<float>(P))) * P;
+      t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
+      t.late_pieces = pieces - t.early_pieces;
+      numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
+    }
+#pragma unroll 1
+    for (int k = from; k < to; ++k) {
+      if (stage == 0) s.segment[k] = locate_segment(s, s.run_exact[pass], outline, m.wanted, k);
+      Segment x = segment_at(s, k);
+      if (stage == 0) {
+        if (x.first()) continue;
+        int enough = 0;
+        if (a.mode == Mode::automatic) {
+          enough = warm_up(s.rows[s.exact[s.segment[k] & 0xFF]] + x.begin, x.begin, a.enough);
+          if (rehearsing) enough = 0;
+        }
+        s.warm_here[x.boundary] = static_cast<signed char>(enough);
+        a.plan.arrived[x.boundary] = a.plan.scanned[x.boundary] = 0;
+        continue;
+      }
+      look_around(x, warm_of);
+      if (stage == 2) emit(a.plan.items, x, t, numbers, warm_of);
+      numbers.add(x);
+      if (stage == 1) warm += x.warm;
+    }
   }
-  const bool counting = a.counts != nullptr && !rehearsing;
-  if (i < pieces) emit_line(a, s, line, t, begin, i + 1 < pieces ? s.start[i + 1] : make_int2(line.pairs, 0), warm, counting);
-  if (counting) __syncthreads();
-  if (!rehearsing) {
-    finish(a, t.count(), outline.longest_whole, t.firsts - line.exact + s.figures[0], t.dependents, all[2] + s.figures[1]);
+  if (i < pieces) {
+    const int2 end = i + 1 < pieces ? s.start[i + 1] : make_int2(line.pairs, 0);
+    emit_line(a, s, line, t, begin, end, warm, a.counts != nullptr && !rehearsing);
   }
+  outcome.tickets = t.count(), outcome.longest_whole = outline.longest_whole;
+  outcome.warm = t.firsts - line.exact, outcome.exact = t.dependents;
+  return outcome;
 }
 
 __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_constant__ Arguments a) {
   __shared__ Shared s;
   device::allow_dependent_launch();
-  Outline outline{};
-  if (a.mode != Mode::off) outline = outline_of(a, s);
+  if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
+  const int listed = a.mode == Mode::off ? 0 : make_outline(a, s);
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.sequences.N * a.HV; i += kThreads) a.plan.initial_read[i] = 0;
   }
-  if (outline.listed == 0) {
-    device::wait_for_previous_launch();
-    return finish(a, 0, 1 << 30, 0, 0, 0);
-  }
+  Outcome outcome;
 #pragma unroll 1
-  for (int pass = a.rehearse ? 0 : 1; pass < kPasses; ++pass) {
+  for (int pass = a.rehearse && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
     if (pass == 1) device::wait_for_previous_launch();
-    plan_by_cost(a, s, outline, pass);
+    if (listed > 0) outcome = plan_by_cost(a, s, pass);
   }
+  if (a.counts != nullptr) __syncthreads();
+  if (threadIdx.x != 0) return;
+  *a.plan.header = {outcome.tickets, outcome.longest_whole};
+  if (a.counts == nullptr) return;
+  const int warm = outcome.warm + s.figures[0];
+  a.counts[0] = a.sequences.N * a.HV + warm + outcome.exact, a.counts[1] = warm, a.counts[2] = outcome.exact;
+  a.counts[3] = outcome.warm_chunks + s.figures[1];
 }
 
 }  // namespace flashdelta::cuda::segment
