@@ -91,7 +91,8 @@ Layout layout_of(const Problem& p) {
   layout.initial_read = aligned(layout.warm + counts);
   layout.bounds =
       aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0));
-  layout.states = aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : forgotten_row(static_cast<int>(chunk_numbers(p))) * p.HV));
+  layout.states =
+      aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : forgotten_row(static_cast<int>(chunk_numbers(p))) * p.HV));
   layout.transitions = aligned(layout.states + boundary);
   layout.records = aligned(layout.transitions + boundary);
   layout.size = layout.records + chunk_numbers(p) * p.HV * record_bytes(p.qk_l2norm) + 64;
