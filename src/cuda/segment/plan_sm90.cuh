@@ -216,8 +216,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       int all[5];
       block_sums(at, all, s.scratch[1]);
       outcome.warm_chunks = all[2];
-      // Where many pieces would be too short to be worth it, fewer and longer ones.
-      const bool longer = all[3] < line.length * kLineUnit;
+      // Where many pieces would be too short to be worth it, fewer and longer ones. Rounding takes less than a unit from each.
+      const bool longer = all[3] + P < line.length * kLineUnit;
       const float total = (longer ? all[4] : all[3]) / kLineUnit;
       const float piece = (longer ? at[4] : at[3]) / kLineUnit * fmaxf(1.F, line.length * device::reciprocal(fmaxf(total, 1.F)));
       // Pieces without room are empty and cost a ticket; those behind the line's end are none. Without any room, one piece is the line.
