@@ -91,7 +91,8 @@ Layout layout_of(const Problem& p) {
   layout.initial_read = aligned(layout.warm + counts);
   layout.bounds =
       aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0));
-  layout.states = aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : chunk_numbers(p) * p.HV * 4));
+  layout.states =
+      aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : forgotten_row(static_cast<int>(chunk_numbers(p))) * p.HV));
   layout.transitions = aligned(layout.states + boundary);
   layout.records = aligned(layout.transitions + boundary);
   layout.size = layout.records + chunk_numbers(p) * p.HV * record_bytes(p.qk_l2norm) + 64;
@@ -224,7 +225,7 @@ void chunk_forward(const Problem& p) {
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
   const segment::Mode mode = mode_of(p);
-  prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<float*>(base + layout.bounds);
+  prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
 
   Plan plan{};
@@ -248,8 +249,8 @@ void chunk_forward(const Problem& p) {
     planned.forced = p.num_segments;
     planned.rehearse = chunk_numbers(p) * p.HV >= segment::kRehearseFrom;
     planned.most_boundaries = static_cast<int>(layout.room.boundaries);
-    planned.enough = static_cast<float>(std::log(p.tolerance));
-    planned.bounds = prepared.bounds;
+    planned.enough = static_cast<int>(std::ceil(-std::log(p.tolerance) / kForgottenUnit));
+    planned.forgotten = prepared.bounds;
     planned.plan = plan;
     planned.counts = static_cast<std::int32_t*>(p.segment_counts.data);
     check(segment::launch(planned, stream), "launching the plan of segments");

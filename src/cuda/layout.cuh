@@ -44,6 +44,19 @@ static_assert(sizeof(RecordTail) == 3 * kFactorBytes + kExponentBytes);
 __host__ __device__ constexpr int panel_offset(int j) { return j == 0 ? 0 : j == 1 ? 2048 : j == 2 ? 3584 : 4608; }
 __host__ __device__ constexpr int record_bytes(bool l2norm) { return kPanelBytes + kExponentBytes + (l2norm ? 3 : 2) * kFactorBytes; }
 
+// What a chunk's transition forgets, for the plan of segments: a byte for every chunk and value head, of which a value head's lie in a row.
+// Eighths of a nat, rounded down, so that sums of them claim no more than is so; kForgottenMost stands for more as well. Negative: the
+// chunk may enlarge the state, or nothing is known of it.
+constexpr float kForgottenUnit = 0.125F;
+constexpr int kForgottenMost = 127;
+constexpr int kForgottenGroup = 16;  // bytes that the plan loads at once; rows begin at multiples
+__host__ __device__ constexpr int forgotten_row(int slots) { return (slots + kForgottenGroup - 1) / kForgottenGroup * kForgottenGroup; }
+// bound: the log norm of the transition at most.
+__device__ __forceinline__ signed char forgotten(float bound) {
+  const float units = floorf(bound * (-1.F / kForgottenUnit));
+  return static_cast<signed char>(units >= 0.F ? fminf(units, static_cast<float>(kForgottenMost)) : -1.F);
+}
+
 // In the loop's shared memory panels 1 and 3 get 16 zero rows on top, so that two products of 32 rows cover rows 0..31 and 32..63 of all
 // panels that reach them. Byte where row 0 of a panel is, or would be.
 constexpr int kStagedPanelBytes = 6144;

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
       if (a.bounds != nullptr) {
         const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
-        if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * a.slots + here.slot] = bound;
+        if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * forgotten_row(a.slots) + here.slot] = forgotten(bound);
       }
       float2 squares;
       if (Split && split) {

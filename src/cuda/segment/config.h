@@ -28,8 +28,8 @@ constexpr float kNeverCut = 0.52F;
 // A plan must promise to save this share of the time, since it costs a launch.
 constexpr float kWorthIt = 0.9F;
 
-// Chunks (of value heads) from which on `prepare` takes longer than a plan from cold instructions, 20 us.
-constexpr int kRehearseFrom = 6144;
+// Chunks (of value heads) from which on `prepare` takes about as long as a rehearsal of the plan.
+constexpr int kRehearseFrom = 256;
 
 // batch_invariant: chunks between its fixed cuts.
 constexpr int kFixedChunks = 64;
