@@ -33,8 +33,6 @@ constexpr float kLargestPlainNorm = 4.F;
 constexpr float kSmallestNorm = 1e-24F;
 constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 
-constexpr int kGramBarrier = 1;  // a named barrier (0 is __syncthreads)
-
 // CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 7 KB of exchange, 8 KB a warp), and
 // 128 registers a thread for four warps.
 constexpr int ctas_per_multiprocessor(int warps) { return warps == 1 ? 6 : warps == 2 ? 5 : 4; }

@@ -116,6 +116,13 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
       Tb[i][2] = device::multiply_f16(tb, f1);
     }
   }
+  uint32_t row_factor[3][2];
+#pragma unroll
+  for (int m = 1; m < 4; ++m) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) row_factor[m - 1][v] = *reinterpret_cast<const uint32_t*>(&f.row[16 * m + 8 * v + 2 * q]);
+  }
+  const uint32_t above = device::shared_address(s.above) + lane * 16;
   // Blocks below the diagonal, column by column from the right: T_IJ = (sum over M of T_IM (-L_MJ)) T_JJ, L without its column factor,
   // which Tb has.
 #pragma unroll
@@ -124,9 +131,12 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
 #pragma unroll
     for (int m = j + 1; m < 4; ++m) {
       const float between = m - j < 2 ? 1.F : j == 1 ? decay.d31 : m == 2 ? decay.d20 : decay.d30;
+      uint32_t high[4], low[4];
+      device::load_matrices(high, above + pair_of(j, m) * 512);
+      if constexpr (Split) device::load_matrices(low, above + (6 + pair_of(j, m)) * 512);
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        uint32_t factor = *reinterpret_cast<const uint32_t*>(&f.row[16 * m + 8 * v + 2 * q]);
+        uint32_t factor = row_factor[m - 1][v];
         if (!Split && m - j >= 2) factor = device::multiply_f16(factor, pack_f16(between, between));
         float2 factor32;
         if constexpr (Split) {
@@ -136,13 +146,12 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const uint32_t high = s.above[pair_of(j, m)][h][v][lane];
           if constexpr (Split) {
-            const float2 a = device::unpack_f16(high), b = device::unpack_f16(s.above_rest[pair_of(j, m)][h][v][lane]);
+            const float2 a = device::unpack_f16(high[2 * h + v]), b = device::unpack_f16(low[2 * h + v]);
             const float x = (a.x + b.x) * factor32.x * between, y = (a.y + b.y) * factor32.y * between;
             L[m][2 * h + v] = pack_f16(x, y), L_rest[m][2 * h + v] = pack_rest_f16(x, y, L[m][2 * h + v]);
           } else {
-            L[m][2 * h + v] = device::multiply_f16(high, factor);
+            L[m][2 * h + v] = device::multiply_f16(high[2 * h + v], factor);
           }
         }
       }

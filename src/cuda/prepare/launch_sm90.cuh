@@ -10,7 +10,7 @@ namespace flashdelta::cuda::prepare {
 template <Operand Type, int W, bool Split>
 cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
   const auto kernel = prepare_kernel<Type, W, Split>;
-  constexpr int kShared = sizeof(Shared<W>);
+  constexpr int kShared = sizeof(Shared<W, Split>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); error != cudaSuccess) {
     return error;
   }

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
                    const __grid_constant__ CUtensorMap map_o) {
   extern __shared__ __align__(1024) unsigned char raw[];
   // The declared array's own address: rounded up as an integer it would become generic loads. The launch checks nothing else is static.
-  Shared<W>& s = *reinterpret_cast<Shared<W>*>(raw);
+  Shared<W, Split>& s = *reinterpret_cast<Shared<W, Split>*>(raw);
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
   const int step = (a.sequences.N + 31) / 32;
   const int cached = a.sequences.cu_seqlens != nullptr && lane * step < a.sequences.N ? a.sequences.slot(lane * step) : 0;
@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       __syncthreads();
     }
     if (warp == 0) find(next);
-    const auto wants_rest = [&] { return Split; };
-    const KeyScale scale = key_products<Type, W>(s, address_a, address_b, a.l2norm, wants_rest, warp, lane, [&] {
+    const KeyScale scale = key_products<Type, W, Split>(s, address_a, address_b, a.l2norm, warp, lane, [&] {
       given.put(a, s, tid);
       if (tid == 0 && next.rows > 0) load_k(next);
     });

@@ -24,7 +24,8 @@ struct Place {
   int row, token, rows, slot, h;  // rows: tokens of the chunk; 0 where no sequence uses the number, or where no work is left
 };
 
-template <int Warps>
+// Split: operands of two fp16 numbers.
+template <int Warps, bool Split>
 struct alignas(1024) Shared {
   unsigned char k[2][kChunk * 128];  // two halves of K, 128-byte swizzled
   unsigned char record[Warps][record_bytes(true)];
@@ -33,8 +34,7 @@ struct alignas(1024) Shared {
   float norm[kChunk];                                   // |k|^2
   float key_scale[kChunk];                              // what keys are multiplied by, where they are
   float2 diagonal[4][3][32];                            // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
-  uint32_t above[6][2][2][32];                          // blocks above the diagonal, [pair][row half][column half][lane], fp16
-  uint32_t above_rest[6][2][2][32];                     // what fp16 lost of them
+  uint32_t above[Split ? 12 : 6][2][2][32];             // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
   Place place[4];                                       // of items n % 4: warps are at most one item apart
   Barrier full;
 };
