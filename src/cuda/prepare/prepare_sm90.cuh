@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
         squares = invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
       }
       const bool hard = is_hard<Type>(squares, s.factors[warp], here.rows, scale, tail, lane);
-      if (lane == 0) tail.hard = hard ? 1 : 0;
+      if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
       if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, s.record[warp], whole, lane);
       device::fence_shared_to_async();
       __syncwarp();
