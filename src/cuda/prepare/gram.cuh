@@ -211,6 +211,7 @@ template <Operand Type, int W, bool Split, class S, class Between>
 __device__ __forceinline__ KeyScale key_products(S& s, uint32_t address_a, uint32_t address_b, bool l2norm, int warp, int lane,
                                                  const Between& between) {
   using H = Share<W>;
+  device::keep(warp);  // kept over the loop of items, what follows from it would not leave the inverse enough registers
   const H share(warp);
   const int r = lane >> 2, q = lane & 3, half = warp >> 1;
   float sum[2 * H::kProducts + (H::kHalf ? 1 : 0)][4];

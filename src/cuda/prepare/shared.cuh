@@ -20,9 +20,14 @@ struct Factors {
 };
 
 // Where a work item, a chunk of a key head, lies.
-struct Place {
-  int row, token, rows, slot, h;  // rows: tokens of the chunk; 0 where no sequence uses the number, or where no work is left
+struct alignas(16) Place {
+  std::int64_t g, beta;  // element of the gates, of beta, at its first token and value head
+  int row, token, slot;
+  short h, rows;  // rows: tokens of the chunk; or kNoMore, kNotYet
 };
+constexpr short kNoMore = 0, kNotYet = -1;
+// Places are found kBatch at a time, a lane each. Warps are at most one item apart.
+constexpr int kBatch = 16, kPlaces = 32;
 
 // Split: operands of two fp16 numbers.
 template <int Warps, bool Split>
@@ -35,7 +40,7 @@ struct alignas(1024) Shared {
   float key_scale[kChunk];                              // what keys are multiplied by, where they are
   float2 diagonal[4][3][32];                            // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
   uint32_t above[Split ? 12 : 6][2][2][32];             // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
-  Place place[4];                                       // of items n % 4: warps are at most one item apart
+  Place place[kPlaces];                                 // of items n % kPlaces
   Barrier full;
 };
 
