@@ -164,6 +164,7 @@ __device__ __forceinline__ void exchange(S& s, const float (*sum)[4], const Shar
   using H = Share<W>;
   using device::pack_f16;
   using device::pack_rest_f16;
+  auto& to = s.derived();
 #pragma unroll
   for (int p = 0; p < H::kProducts; ++p) {
     const Product t = H::product(p);
@@ -171,14 +172,14 @@ __device__ __forceinline__ void exchange(S& s, const float (*sum)[4], const Shar
     const float *x = sum[2 * p], *y = sum[2 * p + 1];
     if (t.diagonal) {
       if (W == 3 && p == 1 && warp != 0) continue;
-      s.diagonal[row][0][lane] = make_float2(x[0], x[1]), s.diagonal[row][1][lane] = make_float2(y[0], y[1]);
-      s.diagonal[row][2][lane] = make_float2(y[2], y[3]);
+      to.diagonal[row][0][lane] = make_float2(x[0], x[1]), to.diagonal[row][1][lane] = make_float2(y[0], y[1]);
+      to.diagonal[row][2][lane] = make_float2(y[2], y[3]);
       continue;
     }
     const bool turn = t.may_turn && row > column;
     const int pair = turn ? pair_of(column, row) : pair_of(row, column);
-    const auto leave = [&](uint32_t (&to)[2][2][32], uint32_t x0, uint32_t y0, uint32_t x1, uint32_t y1) {
-      const uint32_t at = device::shared_address(to) + lane * 16;
+    const auto leave = [&](uint32_t (&block)[2][2][32], uint32_t x0, uint32_t y0, uint32_t x1, uint32_t y1) {
+      const uint32_t at = device::shared_address(block) + lane * 16;
       if (turn) {
         const uint32_t turned[4] = {x0, x1, y0, y1};
         device::store_matrices_transposed(at, turned);
@@ -187,9 +188,9 @@ __device__ __forceinline__ void exchange(S& s, const float (*sum)[4], const Shar
       }
     };
     const uint32_t x0 = pack_f16(x[0], x[1]), x1 = pack_f16(x[2], x[3]), y0 = pack_f16(y[0], y[1]), y1 = pack_f16(y[2], y[3]);
-    leave(s.above[pair], x0, y0, x1, y1);
+    leave(to.above[pair], x0, y0, x1, y1);
     if constexpr (Split) {
-      leave(s.above[6 + pair], pack_rest_f16(x[0], x[1], x0), pack_rest_f16(y[0], y[1], y0), pack_rest_f16(x[2], x[3], x1),
+      leave(to.above[6 + pair], pack_rest_f16(x[0], x[1], x0), pack_rest_f16(y[0], y[1], y0), pack_rest_f16(x[2], x[3], x1),
             pack_rest_f16(y[2], y[3], y1));
     }
   }
@@ -199,8 +200,8 @@ __device__ __forceinline__ void exchange(S& s, const float (*sum)[4], const Shar
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t packed = pack_f16(x[2 * h], x[2 * h + 1]);
-      s.above[pair][h][half][lane] = packed;
-      if constexpr (Split) s.above[6 + pair][h][half][lane] = pack_rest_f16(x[2 * h], x[2 * h + 1], packed);
+      to.above[pair][h][half][lane] = packed;
+      if constexpr (Split) to.above[6 + pair][h][half][lane] = pack_rest_f16(x[2 * h], x[2 * h + 1], packed);
     }
   }
 }

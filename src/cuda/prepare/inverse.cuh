@@ -40,8 +40,8 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
   const uint32_t mask2 = on_second ? 0x0000FFFFU : 0U, mask2t = on_first ? 0xFFFF0000U : 0U;
   const uint32_t mask4t = same_half && !(r & 2) && (q & 1) ? ~0U : 0U, mask8t = !(r & 4) && (q & 2) ? ~0U : 0U;
   float2 squares = make_float2(0.F, 0.F), inner = squares;  // inner: of 8 x 8 diagonal blocks, which not all lanes hold
-  uint32_t Ta[4][4][4], Ta_rest[4][4][4];  // T as A fragments
-  uint32_t Tb[3][3], Tb_rest[3][3];        // diag(column) T_JJ as B: (k 0-7, n 0-7), (k 8-15, n 0-7), (k 8-15, n 8-15)
+  uint32_t Ta[4][4][4], Ta_rest[4][4][4];                   // T as A fragments
+  uint32_t Tb[3][3], Tb_rest[3][3];                         // diag(column) T_JJ as B: (k 0-7, n 0-7), (k 8-15, n 0-7), (k 8-15, n 8-15)
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
     const float2 R0 = f.gate[16 * i + r], R1 = f.gate[16 * i + 8 + r];

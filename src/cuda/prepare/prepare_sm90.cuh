@@ -85,7 +85,7 @@ static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtenso
 
 // Split: T itself is wanted, for a backward.
 template <Operand Type, int W, bool Split>
-__global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
+__global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
     prepare_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
                    const __grid_constant__ CUtensorMap map_o) {
@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
   // Work items are (chunk number, key head), the head running fastest. Warp 0 finds their places and leaves them in shared memory; what all
   // warps kept in registers would not leave the inverse enough.
+  auto& derived = s.derived();
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);
     device::load_box(s.k, &map_k, s.full, at.h, at.token, at.row);
@@ -107,15 +108,15 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
     if (blockIdx.x == 0) *a.counter = 0;
   }
   __syncthreads();
-  if (a.bounded_maps != nullptr) bound_maps(a, map_q, map_k, map_v, map_o, blockIdx.x * W + warp, gridDim.x * W, s.record[warp], lane);
+  if (a.bounded_maps != nullptr) bound_maps(a, map_q, map_k, map_v, map_o, blockIdx.x * W + warp, gridDim.x * W, s.scratch(warp), lane);
   zero_rows_of_no_sequence(a);
   if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
   device::allow_dependent_launch();
 
-  const uint32_t address_a = device::shared_address(s.k[0]) + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
+  const uint32_t address_a = device::shared_address(s.k) + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
   const uint32_t address_b =
-      device::shared_address(s.k[0]) + ((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
-  const uint32_t record = device::shared_address(s.record[warp]);
+      device::shared_address(s.k) + ((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
+  const uint32_t record = device::shared_address(derived.record[warp]);
   const uint32_t record_row = record + (lane & 15) * 32 + (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
 #pragma unroll 1
   for (unsigned n = 0; s.place[n % kPlaces].rows > 0; ++n) {
@@ -126,7 +127,8 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
     device::barrier_wait(s.full, n & 1);
     if (here.rows < kChunk) {  // what stands behind the end is not this sequence's
       for (int e = tid; e < (kChunk - here.rows) * 16; e += 32 * W) {
-        *reinterpret_cast<uint4*>(s.k[e & 1] + (here.rows + (e >> 4)) * 128 + ((e >> 1) & 7) * 16) = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(s.k + (e & 1) * (kChunk * 128) + (here.rows + (e >> 4)) * 128 + ((e >> 1) & 7) * 16) =
+            make_uint4(0, 0, 0, 0);
       }
       device::fence_shared_to_async();
       __syncthreads();
@@ -134,7 +136,13 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
     if (warp == 0 && next.rows == kNotYet) find_places(a, s.place, n + 1, next.slot, lane);
     const KeyScale scale = key_products<Type, W, Split>(s, address_a, address_b, a.l2norm, warp, lane, [&] {
       given.put(a, s, tid);
-      if (tid == 0 && next.rows > 0) load_k(next);
+      if (tid == 0 && next.rows > 0) {
+        if constexpr (Shared<W, Split>::kInPlace) {
+          device::prefetch_box(&map_k, next.h, next.token, next.row);
+        } else {
+          load_k(next);
+        }
+      }
     });
 #pragma unroll 1
     for (int pass = 0; pass < a.group; pass += W) {
@@ -147,13 +155,13 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       if (pass + warp >= a.group) continue;
       const int head = here.h * a.group + pass + warp;
       float2 whole;
-      const Gates x = activate(a, s.g[warp], s.beta[warp], here.rows, head, lane, whole);
+      const Gates x = activate(a, derived.head[warp].given.g, derived.head[warp].given.beta, here.rows, head, lane, whole);
       BlockDecay decay;
       float2 c;
-      const bool split = make_factors(x, s.key_scale, scale, s.factors[warp], decay, c, lane);
-      if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
+      const bool split = make_factors(x, s.key_scale, scale, derived.head[warp].factors, decay, c, lane);
+      if (!Shared<W, Split>::kInPlace && lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
       __syncwarp();
-      auto& tail = *reinterpret_cast<RecordTail*>(s.record[warp] + kPanelBytes);
+      auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
       reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
       float2 beta = make_float2(x.b0, x.b1);
       reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(0, 0);
@@ -170,19 +178,24 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W))
       }
       float2 squares;
       if (Split && split) {
-        squares = invert<Type, Split>(s, s.factors[warp], decay, record_row, lane);
+        squares = invert<Type, Split>(derived, derived.head[warp].factors, decay, record_row, lane);
       } else {
-        squares = invert<Type, false>(s, s.factors[warp], decay, record_row, lane);
+        squares = invert<Type, false>(derived, derived.head[warp].factors, decay, record_row, lane);
       }
-      const bool hard = is_hard<Type>(squares, s.factors[warp], here.rows, scale, tail, lane);
+      const bool hard = is_hard<Type>(squares, derived.head[warp].factors, here.rows, scale, tail, lane);
       if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
-      if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, s.record[warp], whole, lane);
+      if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, derived.record[warp], whole, lane);
       device::fence_shared_to_async();
       __syncwarp();
       if (lane == 0) {
         const int bytes = record_bytes(a.l2norm);
         device::store_bytes(a.records + (static_cast<std::int64_t>(here.slot) * a.H * a.group + head) * bytes, record, bytes);
       }
+    }
+    if constexpr (Shared<W, Split>::kInPlace) {
+      if (lane == 0) device::wait_stores_read();
+      block_sync<W>();
+      if (tid == 0 && next.rows > 0) load_k(next);
     }
   }
   if (lane == 0) device::wait_stores_done();
