@@ -42,16 +42,16 @@ static __device__ __noinline__ void find_places(const Arguments& a, Place* place
     const unsigned mine = min(next + (lane % kBatch) * step, items);
     const int slot = static_cast<int>(mine / a.H), h = static_cast<int>(mine % a.H);
     Place at{};
-    at.slot = slot, at.h = static_cast<short>(h);
+    at.slot = slot, at.h = h;
     if (a.sequences.cu_seqlens == nullptr) {
       const int chunks = (a.sequences.T + kChunk - 1) / kChunk;
       at.row = slot / chunks, at.token = slot % chunks * kChunk;
-      at.rows = static_cast<short>(min(kChunk, a.sequences.T - at.token));
+      at.rows = min(kChunk, a.sequences.T - at.token);
     } else if (const int n = sequence_of(a.sequences, slot, lane); n >= 0) {
       const Sequences::Span span = a.sequences.span(n);
       const int before = (slot - span.slot) * kChunk;
       at.row = span.row, at.token = span.begin + before;
-      at.rows = static_cast<short>(max(0, min(kChunk, span.length - before)));
+      at.rows = max(0, min(kChunk, span.length - before));
     }
     at.g = at.row * a.g.row + at.token * a.g.token + at.h * a.group * a.g.head;
     at.beta = at.row * a.beta.row + at.token * a.beta.token + at.h * a.group * a.beta.head;
@@ -93,25 +93,26 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
   // The declared array's own address: rounded up as an integer it would become generic loads. The launch checks nothing else is static.
   Shared<W, Split>& s = *reinterpret_cast<Shared<W, Split>*>(raw);
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
-  // Work items are (chunk number, key head), the head running fastest. Warp 0 finds their places and leaves them in shared memory; what all
-  // warps kept in registers would not leave the inverse enough.
   auto& derived = s.derived();
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);
     device::load_box(s.k, &map_k, s.full, at.h, at.token, at.row);
   };
-  if (warp == 0) find_places(a, s.place, 0, blockIdx.x, lane);
+  // Work items are (chunk number, key head), the head running fastest. Warp 0 finds their places and leaves them in shared memory; what all
+  // warps kept in registers would not leave the inverse enough.
+  device::allow_dependent_launch();
   if (tid == 0) {
+    device::prefetch_map(&map_k);
     device::barrier_init(s.full, 1);
     device::barrier_init_fence();
-    if (s.place[0].rows > 0) load_k(s.place[0]);
     if (blockIdx.x == 0) *a.counter = 0;
   }
+  if (warp == 0) find_places(a, s.place, 0, blockIdx.x, lane);
+  if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   __syncthreads();
   if (a.bounded_maps != nullptr) bound_maps(a, map_q, map_k, map_v, map_o, blockIdx.x * W + warp, gridDim.x * W, s.scratch(warp), lane);
   zero_rows_of_no_sequence(a);
   if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
-  device::allow_dependent_launch();
 
   const uint32_t address_a = device::shared_address(s.k) + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
   const uint32_t address_b =
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
       BlockDecay decay;
       float2 c;
       const bool split = make_factors(x, s.key_scale, scale, derived.head[warp].factors, decay, c, lane);
-      if (!Shared<W, Split>::kInPlace && lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
+      if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
       __syncwarp();
       auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
       reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);

@@ -23,12 +23,12 @@ struct Factors {
 };
 
 // Where a work item, a chunk of a key head, lies.
-struct alignas(16) Place {
+struct Place {
   std::int64_t g, beta;  // element of the gates, of beta, at its first token and value head
-  int row, token, slot;
-  short h, rows;  // rows: tokens of the chunk; or kNoMore, kNotYet
+  int row, token, slot, h;
+  int rows;  // tokens of the chunk; or kNoMore, kNotYet
 };
-constexpr short kNoMore = 0, kNotYet = -1;
+constexpr int kNoMore = 0, kNotYet = -1;
 // Places are found kBatch at a time, a lane each. Warps are at most one item apart.
 constexpr int kBatch = 16, kPlaces = 32;
 
@@ -46,8 +46,8 @@ template <int Warps, bool Split>
 struct Derived {
   unsigned char record[Warps][record_bytes(true)];
   Head head[Warps];
-  float2 diagonal[4][3][32];                 // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
-  uint32_t above[Split ? 12 : 6][2][2][32];  // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
+  float2 diagonal[4][3][32];                             // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
+  alignas(16) uint32_t above[Split ? 12 : 6][2][2][32];  // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
 };
 struct Nothing {};
 
@@ -59,8 +59,8 @@ struct alignas(1024) Shared {
 
   // Two halves of K, 128-byte swizzled; in_place_of_keys: and then what is derived from it.
   unsigned char k[kInPlace && kDerivedBytes > kKeyBytes ? kDerivedBytes : kKeyBytes];
-  float norm[kChunk];       // |k|^2
-  float key_scale[kChunk];  // what keys are multiplied by, where they are
+  alignas(128) float norm[kChunk];  // |k|^2
+  float key_scale[kChunk];          // what keys are multiplied by, where they are
   std::conditional_t<kInPlace, Nothing, Derived<Warps, Split>> beside;
   Place place[kPlaces];  // of items n % kPlaces
   Barrier full;
@@ -72,14 +72,8 @@ struct alignas(1024) Shared {
       return beside;
     }
   }
-  // 128 bytes for each warp that nothing else uses before the first item.
-  __device__ __forceinline__ unsigned char* scratch(int warp) {
-    if constexpr (kInPlace) {
-      return reinterpret_cast<unsigned char*>(norm) + warp * 128;
-    } else {
-      return beside.record[warp];
-    }
-  }
+  // 128 bytes for each warp that nothing else uses before the first item: of `norm` and `key_scale`.
+  __device__ __forceinline__ unsigned char* scratch(int warp) { return reinterpret_cast<unsigned char*>(norm) + warp * 128; }
 };
 
 }  // namespace flashdelta::cuda::prepare
