@@ -41,7 +41,7 @@ struct Given {
     const int shift = x.type == device::Type::f32 ? 2 : 1;
     const char* at = static_cast<const char*>(x.data) + ((first + token * x.token + head * x.head) << shift);
     if (token < rows) to[0] = device::load_bits(at, x.type);
-    if (token + 32 < rows) to[1] = device::load_bits(at + ((32 * x.token) << shift), x.type);
+    if (token + 32 < rows) to[1] = device::load_bits(at + (x.token << (shift + 5)), x.type);
   }
 };
 
