@@ -100,7 +100,6 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
   };
   // Work items are (chunk number, key head), the head running fastest. Warp 0 finds their places and leaves them in shared memory; what all
   // warps kept in registers would not leave the inverse enough.
-  device::allow_dependent_launch();
   if (tid == 0) {
     device::prefetch_map(&map_k);
     device::barrier_init(s.full, 1);
@@ -113,6 +112,8 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
   if (a.bounded_maps != nullptr) bound_maps(a, map_q, map_k, map_v, map_o, blockIdx.x * W + warp, gridDim.x * W, s.scratch(warp), lane);
   zero_rows_of_no_sequence(a);
   if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
+  // Not sooner: what runs then takes instructions and memory from the first items.
+  device::allow_dependent_launch();
 
   const uint32_t address_a = device::shared_address(s.k) + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
   const uint32_t address_b =

@@ -14,9 +14,9 @@ constexpr int kMostWarmUp = 8;
 constexpr float kStateOnly = 0.7F;
 // Beginning and ending an item: reading a state, filling the pipeline, writing a state. More where that is written in pairs of bf16 and
 // others are told.
-constexpr float kItem = 2.F, kPart = 4.5F;
+constexpr float kItem = 2.F, kPart = 2.5F;
 // One step of the scan.
-constexpr float kScanStep = 0.5F;
+constexpr float kScanStep = 0.7F;
 
 // A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
 constexpr float kFirstShare = kStateOnly;
@@ -29,7 +29,7 @@ constexpr float kNeverCut = 0.52F;
 constexpr float kWorthIt = 0.9F;
 
 // Chunks (of value heads) from which on `prepare` takes about as long as a rehearsal of the plan.
-constexpr int kRehearseFrom = 256;
+constexpr int kRehearseFrom = 4096;
 
 // batch_invariant: chunks between its fixed cuts.
 constexpr int kFixedChunks = 64;
