@@ -58,6 +58,10 @@ __device__ __forceinline__ void load_shared_bytes(void* to, const void* from, in
                "l"(from), "r"(bytes), "r"(shared_address(&full))
                : "memory");
 }
+// One of several runs of a group; store_bytes ends the group.
+__device__ __forceinline__ void store_run(void* to, std::uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void store_bytes(void* to, std::uint32_t from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes)
                : "memory");

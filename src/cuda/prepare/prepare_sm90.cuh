@@ -191,7 +191,11 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
       __syncwarp();
       if (lane == 0) {
         const int bytes = record_bytes(a.l2norm);
-        device::store_bytes(a.records + (static_cast<std::int64_t>(here.slot) * a.H * a.group + head) * bytes, record, bytes);
+        unsigned char* const to = a.records + (static_cast<std::int64_t>(here.slot) * a.H * a.group + head) * bytes;
+        // In the pieces that the chunk loop loads: tools that follow bulk copies match them.
+        device::store_run(to, record, panel_offset(1));
+        device::store_run(to + panel_offset(1), record + panel_offset(1), panel_offset(3) - panel_offset(1));
+        device::store_bytes(to + panel_offset(3), record + panel_offset(3), bytes - panel_offset(3));
       }
     }
     if constexpr (Shared<W, Split>::kInPlace) {
