@@ -32,11 +32,6 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barri
                "l"(map), "r"(shared_address(&full)), "r"(column), "r"(row), "r"(head), "r"(sequence)
                : "memory");
 }
-// Brings a box into L2.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int head, int token, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %1, %3, %4}];" ::"l"(map), "r"(0), "r"(token), "r"(head), "r"(row)
-               : "memory");
-}
 // A box backwards, and its own group.
 __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int head, int token, int row) {
   asm volatile(

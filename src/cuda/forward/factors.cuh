@@ -118,6 +118,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
 #pragma unroll 1
     for (int i = work.stages_before(); i > 0; --i) {
       device::barrier_wait(s.loaded[stage.at], stage.parity);
+      device::barrier_wait(s.normed[stage.at], stage.parity);
       device::barrier_arrive(s.p_made[stage.at]);
       stage.next();
     }
@@ -127,6 +128,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       const float* c = s.t[at].tail.c;
       device::barrier_wait(s.loaded[at], stage.parity);
       if (!work.full(chunk)) {
+        device::barrier_wait(s.normed[at], stage.parity);
         device::barrier_arrive(s.p_made[at]);
         stage.next();
         continue;

@@ -126,12 +126,14 @@ __device__ __forceinline__ void step_through(const Arguments& a, const Shared& s
 struct ScanRing {
   Shared& s;
   Place<kStages>& stage;
-  int lane;
 
   __device__ __forceinline__ const unsigned char* high() const { return s.k[stage.at][0]; }
   __device__ __forceinline__ const unsigned char* low() const { return s.q[stage.at][0]; }
   __device__ __forceinline__ const unsigned char* local() const { return s.p[stage.at]; }
-  __device__ __forceinline__ void wait() { device::barrier_wait(s.made[stage.at], stage.parity); }
+  __device__ __forceinline__ void wait() {
+    device::barrier_wait(s.made[stage.at], stage.parity);
+    device::barrier_wait(s.p_made[stage.at], stage.parity);
+  }
   __device__ __forceinline__ void release() {
     device::barrier_arrive(s.released[stage.at]);
     stage.next();
@@ -194,7 +196,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     const int chunks = item.chunks;
     if (chunks < 0) break;
     if (item.scan_steps > 0) {
-      ScanRing ring{s, stage, lane};
+      ScanRing ring{s, stage};
       segment::scan_boundaries(a.plan, s.scan, item, ring, kScanBarrier, s.scanned, w, warp, lane);
       continue;
     }
@@ -203,6 +205,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     } else {
       const int first = v_stage.at;
       device::barrier_wait(s.made[stage.at], stage.parity);
+      device::barrier_wait(s.p_made[stage.at], stage.parity);
       device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity), v_stage.next();
       device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
       const uint32_t pieces[4] = {device::shared_address(s.k[stage.at]), device::shared_address(s.q[stage.at]),
@@ -229,6 +232,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       if (s.t[at].tail.hard != 0) {
         device::named_sync(kTurnBarrier + w, 256);
         device::named_arrive(kTurnBarrier + 1 - w, 256);
+        device::barrier_wait(s.p_made[at], stage.parity);
         step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
         if (values) replaced(v_stage.at);
         device::barrier_arrive(s.released[at]);
@@ -274,6 +278,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           device::wgmma_wait<0>();
           device::hold(U);
           solve_for<Type>(X16, U, V16, solve);
+          device::barrier_wait(s.p_made[at], stage.parity);
           float2 factor[8];
           load_factors(factor, s.write[at]);
           device::wgmma_fence();

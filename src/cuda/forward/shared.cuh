@@ -56,6 +56,7 @@ struct alignas(1024) Shared {
   Work work[kWorkRing];
   Output output[kValueStages];
   segment::ScanShared scan;
+  // Every phase has someone who waits for it, also where what it tells is not wanted: a phase that passes unseen looks like a mistake.
   Barrier loaded[kStages], normed[kStages], made[kStages], p_made[kStages], released[kStages];
   Barrier v_loaded[kValueStages], v_replaced[kValueStages];  // replaced: by o, or read where there is none
   Barrier item_full[kWorkRing], item_empty[kWorkRing];

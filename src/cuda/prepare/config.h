@@ -33,15 +33,8 @@ constexpr float kLargestPlainNorm = 4.F;
 constexpr float kSmallestNorm = 1e-24F;
 constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 
-// Whether what is derived from keys takes their place in shared memory. The next keys then come only when an item is done, and other CTAs
-// fill the time: so it is where a CTA is one warp.
-constexpr bool in_place_of_keys(int warps) { return warps == 0; }
-
 // CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 6 KB of exchange, 7 KB a warp), and
-// registers for one warp (168, or 255 to split operands) and four (128).
-constexpr int ctas_per_multiprocessor(int warps, bool split) {
-  if (split) return warps == 1 ? 8 : warps == 2 ? 5 : 4;
-  return warps == 1 ? 8 : warps == 2 ? 6 : 4;
-}
+// 128 registers a thread for four.
+constexpr int ctas_per_multiprocessor(int warps, bool split) { return warps == 1 || (warps == 2 && !split) ? 6 : warps == 2 ? 5 : 4; }
 
 }  // namespace flashdelta::cuda::prepare

@@ -28,7 +28,7 @@ struct Given {
     const unsigned head = tid % W, token = tid / W;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      auto& to = s.derived().head[head].given;
+      auto& to = s.derived.head[head].given;
       to.g[token + 32 * i] = device::from_bits(g[i], a.g.type);
       to.beta[token + 32 * i] = a.beta.data == nullptr ? 1.F : device::from_bits(beta[i], a.beta.type);
     }

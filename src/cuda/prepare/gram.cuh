@@ -164,7 +164,7 @@ __device__ __forceinline__ void exchange(S& s, const float (*sum)[4], const Shar
   using H = Share<W>;
   using device::pack_f16;
   using device::pack_rest_f16;
-  auto& to = s.derived();
+  auto& to = s.derived;
 #pragma unroll
   for (int p = 0; p < H::kProducts; ++p) {
     const Product t = H::product(p);

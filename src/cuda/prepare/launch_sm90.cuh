@@ -16,10 +16,7 @@ cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, in
   }
   const int items = arguments.slots * arguments.H;
   // One less than fit: the plan of segments takes the last place, and waits there.
-  const int fit = multiprocessors * ctas_per_multiprocessor(W, Split) - 1;
-  // CTAs of one warp wait more than they work, and take about as long each: as many items for all, and no more CTAs than that needs.
-  const int rounds = in_place_of_keys(W) ? std::max(1, (items + fit - 1) / fit) : 1;
-  const int ctas = std::max(1, std::min((items + rounds - 1) / rounds, fit));
+  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W, Split) - 1));
   kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
   return cudaGetLastError();
 }

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
   // The declared array's own address: rounded up as an integer it would become generic loads. The launch checks nothing else is static.
   Shared<W, Split>& s = *reinterpret_cast<Shared<W, Split>*>(raw);
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
-  auto& derived = s.derived();
+  auto& derived = s.derived;
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);
     device::load_box(s.k, &map_k, s.full, at.h, at.token, at.row);
@@ -138,13 +138,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
     if (warp == 0 && next.rows == kNotYet) find_places(a, s.place, n + 1, next.slot, lane);
     const KeyScale scale = key_products<Type, W, Split>(s, address_a, address_b, a.l2norm, warp, lane, [&] {
       given.put(a, s, tid);
-      if (tid == 0 && next.rows > 0) {
-        if constexpr (Shared<W, Split>::kInPlace) {
-          device::prefetch_box(&map_k, next.h, next.token, next.row);
-        } else {
-          load_k(next);
-        }
-      }
+      if (tid == 0 && next.rows > 0) load_k(next);
     });
 #pragma unroll 1
     for (int pass = 0; pass < a.group; pass += W) {
@@ -197,11 +191,6 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
         device::store_run(to + panel_offset(1), record + panel_offset(1), panel_offset(3) - panel_offset(1));
         device::store_bytes(to + panel_offset(3), record + panel_offset(3), bytes - panel_offset(3));
       }
-    }
-    if constexpr (Shared<W, Split>::kInPlace) {
-      if (lane == 0) device::wait_stores_read();
-      block_sync<W>();
-      if (tid == 0 && next.rows > 0) load_k(next);
     }
   }
   if (lane == 0) device::wait_stores_done();

@@ -1,7 +1,6 @@
 // What the warps of a CTA share while they prepare a work item.
 #pragma once
 
-#include <type_traits>
 
 #include "cuda/device/barrier.cuh"
 #include "cuda/device/fragment.cuh"
@@ -49,29 +48,17 @@ struct Derived {
   float2 diagonal[4][3][32];                             // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
   alignas(16) uint32_t above[Split ? 12 : 6][2][2][32];  // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
 };
-struct Nothing {};
 
 // Split: operands of two fp16 numbers.
 template <int Warps, bool Split>
 struct alignas(1024) Shared {
-  static constexpr bool kInPlace = in_place_of_keys(Warps);
-  static constexpr int kKeyBytes = 2 * kChunk * 128, kDerivedBytes = sizeof(Derived<Warps, Split>);
-
-  // Two halves of K, 128-byte swizzled; in_place_of_keys: and then what is derived from it.
-  unsigned char k[kInPlace && kDerivedBytes > kKeyBytes ? kDerivedBytes : kKeyBytes];
-  alignas(128) float norm[kChunk];  // |k|^2
-  float key_scale[kChunk];          // what keys are multiplied by, where they are
-  std::conditional_t<kInPlace, Nothing, Derived<Warps, Split>> beside;
+  unsigned char k[2 * kChunk * 128];  // two halves of K, 128-byte swizzled
+  alignas(128) float norm[kChunk];    // |k|^2
+  float key_scale[kChunk];            // what keys are multiplied by, where they are
+  Derived<Warps, Split> derived;
   Place place[kPlaces];  // of items n % kPlaces
   Barrier full;
 
-  __device__ __forceinline__ Derived<Warps, Split>& derived() {
-    if constexpr (kInPlace) {
-      return *reinterpret_cast<Derived<Warps, Split>*>(k);
-    } else {
-      return beside;
-    }
-  }
   // 128 bytes for each warp that nothing else uses before the first item: of `norm` and `key_scale`.
   __device__ __forceinline__ unsigned char* scratch(int warp) { return reinterpret_cast<unsigned char*>(norm) + warp * 128; }
 };

@@ -50,12 +50,17 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
   const int middles = static_cast<int>(counts >> 16);
   m.items[kParts] = exact + 2 * middles, m.items[kScans] = kScanBlocks * chains, m.items[kDependents] = static_cast<int>(counts & 0xFFFF);
   m.costs[kParts] = parts + kItem * exact + 2 * kPart * middles;
-  m.costs[kScans] = kScanBlocks * kScanStep * middles;
+  m.costs[kScans] = kScanBlocks * (kScanStep * middles + kScanItem * chains);
   m.costs[kDependents] = dependents + kItem * m.items[kDependents];
   const float load = (m.costs[kParts] + m.costs[kScans] + m.costs[kDependents] + others) * reciprocal;
   const auto waves = [&](int items) { return rounded_up(static_cast<float>(items), P, reciprocal); };
+  // Multiprocessors that are free when the parts are done: pieces of the line, and whole pairs, take longer.
+  const float free = others > 0.F ? fminf(P, static_cast<float>(m.items[kParts])) : P;
   float chain = waves(m.items[kDependents]) * dependent;
-  if (steps > 0) chain += 1.F + waves(m.items[kScans]) * kScanStep * steps;
+  if (steps > 0) {
+    const float rounds = rounded_up(static_cast<float>(m.items[kScans]), free, device::reciprocal(free));
+    chain += 1.F + rounds * (kScanItem + kScanStep * steps);
+  }
   if (exact > 0) chain += fmaxf(part, waves(m.items[kParts]) * m.costs[kParts] * device::reciprocal(static_cast<float>(m.items[kParts])));
   m.time = m.items[kDependents] <= a.most_boundaries ? fmaxf(load, chain) : 1e30F;
   return m;
