@@ -90,7 +90,8 @@ Layout layout_of(const Problem& p) {
   layout.warm = aligned(layout.scanned + counts);
   layout.initial_read = aligned(layout.warm + counts);
   layout.bounds =
-      aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0));
+      aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0) +
+              kForgottenGroup);
   layout.states =
       aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : forgotten_row(static_cast<int>(chunk_numbers(p))) * p.HV));
   layout.transitions = aligned(layout.states + boundary);

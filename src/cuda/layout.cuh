@@ -14,7 +14,7 @@ constexpr int kChunk = 64;  // tokens of a chunk: one wgmma M
 constexpr int kHead = 128;  // K and V
 // A state comes in pieces of 32 columns, 128 bytes of float32 a row.
 constexpr int kPieceColumns = 32, kPieceBytes = kPieceColumns * kHead * 4;
-constexpr int kTile = 64;   // channels of a shared-memory tile: 128 bytes, the widest swizzle
+constexpr int kTile = 64;  // channels of a shared-memory tile: 128 bytes, the widest swizzle
 constexpr float kLog2e = 1.4426950408889634F;
 
 // A log gate below this forgets everything in float32 (exp(-128) is less than half its smallest number), and -inf would leave inf - inf
@@ -49,7 +49,7 @@ __host__ __device__ constexpr int record_bytes(bool l2norm) { return kPanelBytes
 // chunk may enlarge the state, or nothing is known of it.
 constexpr float kForgottenUnit = 0.125F;
 constexpr int kForgottenMost = 127;
-constexpr int kForgottenGroup = 16;  // bytes that the plan loads at once; rows begin at multiples
+constexpr int kForgottenGroup = 16;  // bytes that the plan loads at once; rows begin at multiples, and as many bytes precede the first
 __host__ __device__ constexpr int forgotten_row(int slots) { return (slots + kForgottenGroup - 1) / kForgottenGroup * kForgottenGroup; }
 // bound: the log norm of the transition at most.
 __device__ __forceinline__ signed char forgotten(float bound) {

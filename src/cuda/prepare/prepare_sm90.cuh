@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
       }
     }
   }
+  if (a.bounds != nullptr) clear_bounds_of_no_chunk(a);
   if (lane == 0) device::wait_stores_done();
 }
 

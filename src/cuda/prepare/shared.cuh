@@ -1,7 +1,6 @@
 // What the warps of a CTA share while they prepare a work item.
 #pragma once
 
-
 #include "cuda/device/barrier.cuh"
 #include "cuda/device/fragment.cuh"
 #include "cuda/layout.cuh"

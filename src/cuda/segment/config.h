@@ -25,8 +25,8 @@ constexpr float kFirstShare = kStateOnly;
 constexpr int kShortest = 2;
 // Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.
 constexpr float kNeverCut = 0.52F;
-// A plan must promise to save this share of the time, since it costs a launch.
-constexpr float kWorthIt = 0.9F;
+// What a plan promises is worth this much: multiprocessors are never loaded quite alike, and the plan itself takes a while.
+constexpr float kImbalance = 1.1F, kPlan = 3.F;
 
 // Chunks (of value heads) from which on `prepare` takes about as long as a rehearsal of the plan.
 constexpr int kRehearseFrom = 4096;

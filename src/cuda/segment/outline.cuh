@@ -161,7 +161,7 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s) {
   const float share = total * reciprocal, begins = kItem * pairs * reciprocal;
   x.uncut = alike ? rounded_up(pairs, P, reciprocal) * (x.longest + kItem) : fmaxf(x.longest + kItem, share + begins + 0.5F * x.longest);
   x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
-  if (x.longest <= x.longest_whole || share + begins > kWorthIt * x.uncut) return 0;
+  if (x.longest <= x.longest_whole || kImbalance * (share + begins) + kPlan > x.uncut) return 0;
 
   x.whole = total + kItem * pairs;
   if (packed) {

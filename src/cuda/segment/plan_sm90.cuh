@@ -194,7 +194,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   }
   const Line line = sort_pairs(a, s, outline, pass);
   const Model& m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + outline.whole + P * line.cut);
-  if (m.time > kWorthIt * outline.uncut) return outcome;
+  if (kImbalance * m.time + kPlan > outline.uncut) return outcome;
 
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
   const int segments = line.exact + m.items[kDependents], each = (segments + kThreads - 1) / kThreads;
