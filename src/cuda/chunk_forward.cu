@@ -90,8 +90,10 @@ Layout layout_of(const Problem& p) {
   layout.warm = aligned(layout.scanned + counts);
   layout.initial_read = aligned(layout.warm + counts);
   layout.bounds =
-      aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0));
-  layout.states = aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : chunk_numbers(p) * p.HV * 4));
+      aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0) +
+              kForgottenGroup);
+  layout.states =
+      aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : forgotten_row(static_cast<int>(chunk_numbers(p))) * p.HV));
   layout.transitions = aligned(layout.states + boundary);
   layout.records = aligned(layout.transitions + boundary);
   layout.size = layout.records + chunk_numbers(p) * p.HV * record_bytes(p.qk_l2norm) + 64;
@@ -115,15 +117,6 @@ States states(const op::Tensor& t) {
                          : t.stride[3] == kHead && t.stride[2] == 1 ? StateRows::v
                                                                     : StateRows::other;
   return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2], t.stride[3], rows};
-}
-
-// Bytes of one head's state where it lies in one piece that bulk copies take, else 0.
-int contiguous_bytes(const op::Tensor& t) {
-  if (t.data == nullptr) return 0;
-  const bool dense = (t.stride[3] == 1 && t.stride[2] == kHead) || (t.stride[2] == 1 && t.stride[3] == kHead);
-  const std::int64_t size = op::size_of(t.dtype);
-  const bool aligned = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && t.stride[0] * size % 16 == 0 && t.stride[1] * size % 16 == 0;
-  return dense && aligned ? static_cast<int>(kHead * kHead * size) : 0;
 }
 
 int multiprocessors(int device) {
@@ -233,7 +226,7 @@ void chunk_forward(const Problem& p) {
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
   const segment::Mode mode = mode_of(p);
-  prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<float*>(base + layout.bounds);
+  prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
 
   Plan plan{};
@@ -257,8 +250,8 @@ void chunk_forward(const Problem& p) {
     planned.forced = p.num_segments;
     planned.rehearse = chunk_numbers(p) * p.HV >= segment::kRehearseFrom;
     planned.most_boundaries = static_cast<int>(layout.room.boundaries);
-    planned.enough = static_cast<float>(std::log(p.tolerance));
-    planned.bounds = prepared.bounds;
+    planned.enough = static_cast<int>(std::ceil(-std::log(p.tolerance) / kForgottenUnit));
+    planned.forgotten = prepared.bounds;
     planned.plan = plan;
     planned.counts = static_cast<std::int32_t*>(p.segment_counts.data);
     check(segment::launch(planned, stream), "launching the plan of segments");
@@ -276,10 +269,11 @@ void chunk_forward(const Problem& p) {
   arguments.plan = plan;
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
-  arguments.initial_state_bytes = contiguous_bytes(p.initial_state);
+  arguments.initial_staged = has_state_map(p.initial_state);
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
-  check(forward::launch(arguments, maps, operand, count, stream), "launching the chunk loop");
+  const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};
+  check(forward::launch(arguments, maps, state_map, operand, count, stream), "launching the chunk loop");
 }
 
 }  // namespace flashdelta::cuda

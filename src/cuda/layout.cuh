@@ -12,7 +12,9 @@ namespace flashdelta::cuda {
 
 constexpr int kChunk = 64;  // tokens of a chunk: one wgmma M
 constexpr int kHead = 128;  // K and V
-constexpr int kTile = 64;   // channels of a shared-memory tile: 128 bytes, the widest swizzle
+// A state comes in pieces of 32 columns, 128 bytes of float32 a row.
+constexpr int kPieceColumns = 32, kPieceBytes = kPieceColumns * kHead * 4;
+constexpr int kTile = 64;  // channels of a shared-memory tile: 128 bytes, the widest swizzle
 constexpr float kLog2e = 1.4426950408889634F;
 
 // A log gate below this forgets everything in float32 (exp(-128) is less than half its smallest number), and -inf would leave inf - inf
@@ -41,6 +43,19 @@ struct RecordTail {                          // what follows the panels
 static_assert(sizeof(RecordTail) == 3 * kFactorBytes + kExponentBytes);
 __host__ __device__ constexpr int panel_offset(int j) { return j == 0 ? 0 : j == 1 ? 2048 : j == 2 ? 3584 : 4608; }
 __host__ __device__ constexpr int record_bytes(bool l2norm) { return kPanelBytes + kExponentBytes + (l2norm ? 3 : 2) * kFactorBytes; }
+
+// What a chunk's transition forgets, for the plan of segments: a byte for every chunk and value head, of which a value head's lie in a row.
+// Eighths of a nat, rounded down, so that sums of them claim no more than is so; kForgottenMost stands for more as well. Negative: the
+// chunk may enlarge the state, or nothing is known of it.
+constexpr float kForgottenUnit = 0.125F;
+constexpr int kForgottenMost = 127;
+constexpr int kForgottenGroup = 16;  // bytes that the plan loads at once; rows begin at multiples, and as many bytes precede the first
+__host__ __device__ constexpr int forgotten_row(int slots) { return (slots + kForgottenGroup - 1) / kForgottenGroup * kForgottenGroup; }
+// bound: the log norm of the transition at most.
+__device__ __forceinline__ signed char forgotten(float bound) {
+  const float units = floorf(bound * (-1.F / kForgottenUnit));
+  return static_cast<signed char>(units >= 0.F ? fminf(units, static_cast<float>(kForgottenMost)) : -1.F);
+}
 
 // In the loop's shared memory panels 1 and 3 get 16 zero rows on top, so that two products of 32 rows cover rows 0..31 and 32..63 of all
 // panels that reach them. Byte where row 0 of a panel is, or would be.
@@ -86,8 +101,8 @@ struct Scalars {
 };
 
 // A state tensor [N, HV, K, V], or the saved states, of any strides.
-// Dense [K][V], dense [V][K], blocks of 16 columns [V / 16][K][16] (of the workspace alone), or any strides.
-enum class StateRows : std::int32_t { other, k, v, blocks };
+// Dense [K][V], dense [V][K], or any strides.
+enum class StateRows : std::int32_t { other, k, v };
 struct States {
   void* data;  // null: absent
   device::Type type;

@@ -12,4 +12,10 @@ namespace flashdelta::cuda {
 // op::Error.
 CUtensorMap make_tensor_map(const op::Tensor& tensor, const char* name);
 
+// Boxes of 32 columns and 128 rows of one state of [N, HV, 128, 128] float32 states, 128-byte swizzled. Rows are K where V is dense, else
+// V. Throws op::Error.
+CUtensorMap make_state_map(const op::Tensor& tensor, const char* name);
+// Whether the states lie so that there can be such a map.
+bool has_state_map(const op::Tensor& tensor);
+
 }  // namespace flashdelta::cuda

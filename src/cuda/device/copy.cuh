@@ -25,7 +25,14 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barri
                "l"(map), "r"(shared_address(&full)), "r"(0), "r"(token), "r"(head), "r"(row)
                : "memory");
 }
-// The same backwards, and its own group.
+// A box of a (column, row, head, sequence) tensor, from its first row on.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int column, int row, int head, int sequence) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+                   shared_address(to)),
+               "l"(map), "r"(shared_address(&full)), "r"(column), "r"(row), "r"(head), "r"(sequence)
+               : "memory");
+}
+// A box backwards, and its own group.
 __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int head, int token, int row) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %2, %4, %5}], [%1], %6;\n"
@@ -45,6 +52,10 @@ __device__ __forceinline__ void load_shared_bytes(void* to, const void* from, in
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(&full))
                : "memory");
+}
+// One of several runs of a group; store_bytes ends the group.
+__device__ __forceinline__ void store_run(void* to, std::uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void store_bytes(void* to, std::uint32_t from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes)

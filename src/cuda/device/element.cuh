@@ -19,19 +19,13 @@ __device__ __forceinline__ float load_element(const void* data, Type type, std::
 }
 
 // The same in two steps, so that the load does not wait: an element's bits, and their value.
-__device__ __forceinline__ std::uint32_t load_bits(const void* data, Type type, std::int64_t index) {
-  const char* at = static_cast<const char*>(data) + index * (type == Type::f32 ? 4 : 2);
+__device__ __forceinline__ std::uint32_t load_bits(const char* at, Type type) {
   return type == Type::f32 ? *reinterpret_cast<const std::uint32_t*>(at) : *reinterpret_cast<const std::uint16_t*>(at);
 }
 __device__ __forceinline__ float from_bits(std::uint32_t bits, Type type) {
   if (type == Type::f32) return __uint_as_float(bits);
   return type == Type::bf16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
-__device__ __forceinline__ std::uint32_t bits_of(float x, Type type) {
-  if (type == Type::f32) return __float_as_uint(x);
-  return type == Type::bf16 ? __float_as_uint(x) >> 16 : __half_as_ushort(__float2half(x));
-}
-
 __device__ __forceinline__ void store_element(void* data, Type type, std::int64_t index, float x) {
   if (type == Type::f32) {
     static_cast<float*>(data)[index] = x;

@@ -59,6 +59,21 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Reads of shared memory that stay behind the waits above them.
+__device__ __forceinline__ float load_shared(std::uint32_t address) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(address) : "memory");
+  return r;
+}
+__device__ __forceinline__ int load_shared_int(const int* p) {
+  int r;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(r) : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(p))) : "memory");
+  return r;
+}
+__device__ __forceinline__ float2 load_shared_pair(std::uint32_t address) {
+  float2 r;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(address) : "memory");
+  return r;
+}
 __device__ __forceinline__ float2 load_shared_pair(const float* p) {
   float2 r;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -82,6 +97,10 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&f)[4], std::uint32
                : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3])
                : "r"(address)
                : "memory");
+}
+// Two of them, addressed by lanes 0 to 15.
+__device__ __forceinline__ void load_two_matrices(std::uint32_t* f, std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(f[0]), "=r"(f[1]) : "r"(address) : "memory");
 }
 __device__ __forceinline__ void load_matrices_transposed(std::uint32_t* f, std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -35,20 +35,23 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
-    const int chunks = work.stages();
+    const int chunks = work.item.chunks;
     if (chunks < 0) return;
     const bool values = work.values();
+#pragma unroll 1
+    for (int i = work.stages_before(); i > 0; --i) {
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_wait(s.loaded[stage.at], stage.parity);
+      device::barrier_arrive(s.normed[stage.at]), device::barrier_arrive(s.made[stage.at]);
+      stage.next();
+    }
+    if (work.staged != Staged::no) v_stage.next(), v_stage.next();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
       // The consumers' release, though the producer has waited for it: so each pair of threads that shares memory meets at a barrier.
       device::barrier_wait(s.released[at], stage.parity ^ 1);
       device::barrier_wait(s.loaded[at], stage.parity);
-      if (work.item.scan_steps > 0) {
-        device::barrier_arrive(s.normed[at]), device::barrier_arrive(s.made[at]);
-        stage.next();
-        continue;
-      }
       const RecordTail& record = s.t[at].tail;
       // Keys scaled by 2^-e count as normalised ones whose values are scaled by 2^e; the record's beta has that factor.
       const float key = a.l2norm ? record.norm[token] : exp2f(-static_cast<float>(record.exponent[token]));
@@ -63,7 +66,7 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
       s.write[at][token] = device::exp2_fast(last - c) * key;
       s.out[at][token] = gamma * query;
       if (token == 0) s.decay[at] = device::exp2_fast(last);
-      // So that the consumers have one barrier to wait for.
+      // So that the consumers have one barrier to wait for, until they want P.
       if (values) {
         device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
         v_stage.next();
@@ -110,15 +113,23 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
 #pragma unroll 1
   for (;; works.done(s)) {
     const Work& work = works.next(s);
-    const int chunks = work.stages();
+    const int chunks = work.item.chunks;
     if (chunks < 0) return;
+#pragma unroll 1
+    for (int i = work.stages_before(); i > 0; --i) {
+      device::barrier_wait(s.loaded[stage.at], stage.parity);
+      device::barrier_wait(s.normed[stage.at], stage.parity);
+      device::barrier_arrive(s.p_made[stage.at]);
+      stage.next();
+    }
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
       const float* c = s.t[at].tail.c;
       device::barrier_wait(s.loaded[at], stage.parity);
       if (!work.full(chunk)) {
-        device::barrier_arrive(s.made[at]);
+        device::barrier_wait(s.normed[at], stage.parity);
+        device::barrier_arrive(s.p_made[at]);
         stage.next();
         continue;
       }
@@ -147,7 +158,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       if (warp == 2) make_p<Type, 3>(A, c, s.key[at], row_scale, to, 2, lane);
       if (warp == 3) make_p<Type, 4>(A, c, s.key[at], row_scale, to, 3, lane);
       device::fence_shared_to_async();
-      device::barrier_arrive(s.made[at]);
+      device::barrier_arrive(s.p_made[at]);
       stage.next();
     }
   }

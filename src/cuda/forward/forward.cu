@@ -8,7 +8,8 @@ namespace flashdelta::cuda::forward {
 namespace {
 
 template <Operand Type>
-cudaError_t launch_as(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_as(const Arguments& arguments, const CUtensorMap* maps, const CUtensorMap& state_map, int multiprocessors,
+                      cudaStream_t stream) {
   const auto kernel = forward_kernel<Type>;
   const int items = arguments.sequences.N * arguments.HV;
   if (items == 0) return cudaSuccess;
@@ -26,14 +27,15 @@ cudaError_t launch_as(const Arguments& arguments, const CUtensorMap* maps, int m
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
+  return cudaLaunchKernelEx(&config, kernel, arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO], state_map);
 }
 
 }  // namespace
 
-cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, Operand operand, int multiprocessors, cudaStream_t stream) {
-  return operand == Operand::f16 ? launch_as<Operand::f16>(arguments, maps, multiprocessors, stream)
-                                 : launch_as<Operand::bf16>(arguments, maps, multiprocessors, stream);
+cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, const CUtensorMap& state_map, Operand operand, int multiprocessors,
+                   cudaStream_t stream) {
+  return operand == Operand::f16 ? launch_as<Operand::f16>(arguments, maps, state_map, multiprocessors, stream)
+                                 : launch_as<Operand::bf16>(arguments, maps, state_map, multiprocessors, stream);
 }
 
 }  // namespace flashdelta::cuda::forward

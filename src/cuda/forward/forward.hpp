@@ -20,11 +20,13 @@ struct Arguments {
   int* counter;                     // hands out tickets; without a plan those after the first of each CTA
   Plan plan;
   States initial_state, final_state, saved_states;
-  int initial_state_bytes;  // of one head, where that lies in one piece; else 0
+  bool initial_staged;  // initial_state has a tensor map
   int checkpoint_chunks;
 };
 
-// `maps`: kMaps tensor maps of the call. To be launched right behind `prepare` on the same stream, whose tail it overlaps.
-cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, device::Operand operand, int multiprocessors, cudaStream_t stream);
+// `maps`: kMaps tensor maps of the call; `state_map`: of the initial state, where that is staged. To be launched right behind `prepare` on
+// the same stream, whose tail it overlaps.
+cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, const CUtensorMap& state_map, device::Operand operand,
+                   int multiprocessors, cudaStream_t stream);
 
 }  // namespace flashdelta::cuda::forward

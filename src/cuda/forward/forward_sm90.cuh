@@ -126,15 +126,16 @@ __device__ __forceinline__ void step_through(const Arguments& a, const Shared& s
 struct ScanRing {
   Shared& s;
   Place<kStages>& stage;
-  int lane;
 
   __device__ __forceinline__ const unsigned char* high() const { return s.k[stage.at][0]; }
   __device__ __forceinline__ const unsigned char* low() const { return s.q[stage.at][0]; }
   __device__ __forceinline__ const unsigned char* local() const { return s.p[stage.at]; }
-  __device__ __forceinline__ void wait() { device::barrier_wait(s.made[stage.at], stage.parity); }
+  __device__ __forceinline__ void wait() {
+    device::barrier_wait(s.made[stage.at], stage.parity);
+    device::barrier_wait(s.p_made[stage.at], stage.parity);
+  }
   __device__ __forceinline__ void release() {
-    __syncwarp();
-    device::barrier_arrive_if(s.released[stage.at], lane == 0);
+    device::barrier_arrive(s.released[stage.at]);
     stage.next();
   }
 };
@@ -157,22 +158,22 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
   Place<kStages> stage;
   Place<kValueStages> v_stage;
   float S[64], U[32], O[32];
-  uint32_t S16[32], O16[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) O16[i] = 0;
-  // The output of the chunk before, on its way into the tile that its values came in; it may be another item's.
-  bool pending = false;
-  int before = 0;
   const auto replaced = [&](int at) {
     __syncwarp();
     device::barrier_arrive_if(s.v_replaced[at], lane == 0);
   };
-  const auto put_o = [&] {
-    const uint32_t to = device::shared_address(s.v[before][w]) + v_offset;
+  // A chunk's output, into the tile that its values came in. The value thread orders it before the store: here the fence would be waited
+  // for.
+  const auto put_o = [&](int at) {
+    const uint32_t to = device::shared_address(s.v[at][w]) + v_offset;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) device::store_matrices_transposed(to + i * 2048, O16 + 4 * i);
-    device::fence_shared_to_async();
-    replaced(before);
+    for (int i = 0; i < 4; ++i) {
+      uint32_t O16[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) O16[e] = pack<Type>(O[8 * i + 2 * e], O[8 * i + 2 * e + 1]);
+      device::store_matrices_transposed(to + i * 2048, O16);
+    }
+    replaced(at);
   };
   const auto load_factors = [&](float2(&to)[8], const float* from) {
 #pragma unroll
@@ -195,21 +196,33 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     const int chunks = item.chunks;
     if (chunks < 0) break;
     if (item.scan_steps > 0) {
-      ScanRing ring{s, stage, lane};
+      ScanRing ring{s, stage};
       segment::scan_boundaries(a.plan, s.scan, item, ring, kScanBarrier, s.scanned, w, warp, lane);
       continue;
     }
-    begin_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+    if (work.staged == Staged::no) {
+      begin_item(a, item, S, first_row, lane);
+    } else {
+      const int first = v_stage.at;
+      device::barrier_wait(s.made[stage.at], stage.parity);
+      device::barrier_wait(s.p_made[stage.at], stage.parity);
+      device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity), v_stage.next();
+      device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+      const uint32_t pieces[4] = {device::shared_address(s.k[stage.at]), device::shared_address(s.q[stage.at]),
+                                  device::shared_address(s.v[first]), device::shared_address(s.v[v_stage.at])};
+      read_pieces(S, pieces, work.staged, a.initial_state.rows, w, warp, lane);
+      replaced(first), replaced(v_stage.at);
+      device::barrier_arrive(s.released[stage.at]);
+      stage.next(), v_stage.next();
+    }
+    tell_initial_read(a, item, w, warp == 0 && lane == 0);
     const bool values = work.values();
     const auto wait_for_chunk = [&] { device::barrier_wait(s.made[stage.at], stage.parity); };
     if (chunks > 0) wait_for_chunk();
+    // Runs of chunks of one kind have a loop of their own each: a jump over another kind's instructions takes a hundred cycles and more.
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = 0; c < chunks;) {
       const int at = stage.at;
-      const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
-      const float decay = s.decay[at];
       const bool full = work.full(c);
       if (a.saved_states.data != nullptr && full && (item.first + c) % a.checkpoint_chunks == 0) {
         const std::int64_t slot = (static_cast<std::int64_t>(work.row) * a.sequences.T + work.token) / (kChunk * a.checkpoint_chunks) +
@@ -219,130 +232,145 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       if (s.t[at].tail.hard != 0) {
         device::named_sync(kTurnBarrier + w, 256);
         device::named_arrive(kTurnBarrier + 1 - w, 256);
-        if (pending) put_o();
+        device::barrier_wait(s.p_made[at], stage.parity);
         step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
-        pending = false;
-        if (full) device::fence_shared_to_async();
         if (values) replaced(v_stage.at);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-        __syncwarp();
-        device::barrier_arrive_if(s.released[at], lane == 0);
+        device::barrier_arrive(s.released[at]);
         stage.next();
         if (values) v_stage.next();
-        if (c + 1 < chunks) wait_for_chunk();
+        if (++c < chunks) wait_for_chunk();
         continue;
       }
+      // Waits for the next chunk. Not 0: there is none, or it does not go the same way.
+      const auto waits_for_next = [&](bool same) {
+        if (++c >= chunks) return 1;
+        wait_for_chunk();
+        return same ? device::load_shared_int(&s.t[stage.at].tail.hard) : 1;
+      };
+      int stop = 0;
       if (!full) {  // the state alone; a branch further down would cross products in flight, which ptxas then serialises
+        const int end = min(chunks, item.warm);
+#pragma unroll 1
+        while (stop == 0) {
+          const int at = stage.at;
+          const uint64_t k = device::describe_rows_128(s.k[at][0]);
+          const float decay = s.decay[at];
+          uint32_t V16[16], X16[16];
+          load_values(V16);
+          if (!values) {
+#pragma unroll
+            for (int i = 0; i < 16; ++i) V16[i] = 0;
+          }
+          float4 solve[8];
+          load_solve(solve, s.solve[at]);
+          uint32_t S16[32];
+#pragma unroll
+          for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+          device::named_sync(kTurnBarrier + w, 256);
+          device::wgmma_fence();
+          multiply_tile<Type>(U, S16, k);
+          device::wgmma_commit();
+          device::wgmma_wait<1>();
+          device::hold(S);
+#pragma unroll
+          for (int i = 0; i < 64; ++i) S[i] *= decay;
+          device::hold(S);
+          device::wgmma_wait<0>();
+          device::hold(U);
+          solve_for<Type>(X16, U, V16, solve);
+          device::barrier_wait(s.p_made[at], stage.parity);
+          float2 factor[8];
+          load_factors(factor, s.write[at]);
+          device::wgmma_fence();
+          multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
+          device::wgmma_commit();
+          device::named_arrive(kTurnBarrier + 1 - w, 256);
+          if (values) replaced(v_stage.at);
+          device::wgmma_wait<0>();
+          device::hold(U);
+          write_state<Type>(S, U, factor, s.k[at][0]);
+          stage.next();
+          if (values) v_stage.next();
+          stop = waits_for_next(c + 1 < end);
+          device::wgmma_wait<0>();
+          device::hold(S);
+          device::barrier_arrive(s.released[at]);
+        }
+        continue;
+      }
+#pragma unroll 1
+      while (stop == 0) {
+        const int at = stage.at;
+        const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
+        const float decay = s.decay[at];
+        // Loads stand before products: behind them they would wait until the last product has begun.
+        uint32_t V16[16], X16[16];
+        load_values(V16);
+        float4 solve[8];
+        load_solve(solve, s.solve[at]);
+        uint32_t S16[32];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
         device::named_sync(kTurnBarrier + w, 256);
         device::wgmma_fence();
-        multiply_tile<Type>(U, S16, k);
+        multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
         device::wgmma_commit();
-        if (pending) put_o();
+        // Waits for nothing, but ptxas must see that S is free while the product runs.
         device::wgmma_wait<1>();
         device::hold(S);
 #pragma unroll
         for (int i = 0; i < 64; ++i) S[i] *= decay;
         device::hold(S);
-        uint32_t V16[16], X16[16];
-        load_values(V16);
-        if (!values) {
-#pragma unroll
-          for (int i = 0; i < 16; ++i) V16[i] = 0;
-        }
-        float4 solve[8];
-        load_solve(solve, s.solve[at]);
         device::wgmma_wait<0>();
         device::hold(U);
         solve_for<Type>(X16, U, V16, solve);
+        device::barrier_wait(s.p_made[at], stage.parity);
+        float2 factor[8], out_factor[8];
+        load_factors(factor, s.write[at]);
         device::wgmma_fence();
-        multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
+        multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
+        device::wgmma_commit();
+        multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
         device::wgmma_commit();
         device::named_arrive(kTurnBarrier + 1 - w, 256);
-        float2 factor[8];
-        load_factors(factor, s.write[at]);
-        if (values) replaced(v_stage.at);
-        pending = false;
-        device::wgmma_wait<0>();
+        device::wgmma_wait<1>();
         device::hold(U);
+        load_factors(out_factor, s.out[at]);
         write_state<Type>(S, U, factor, s.k[at][0]);
+        device::wgmma_wait<1>();
+        device::hold(O);
+        device::hold(U);
+        uint32_t Up16[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) Up16[i] = pack<Type>(U[2 * i], U[2 * i + 1]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          O[4 * j] *= out_factor[j].x, O[4 * j + 1] *= out_factor[j].y, O[4 * j + 2] *= out_factor[j].x, O[4 * j + 3] *= out_factor[j].y;
+        }
+        device::wgmma_fence();
+        multiply_panels<Type, false>(O, Up16, device::describe_panel(s.p[at]));  // O^T = gam scale O^T + U^T P^T
+        device::wgmma_commit();
+        const int v_at = v_stage.at;
         stage.next();
-        if (values) v_stage.next();
-        if (c + 1 < chunks) wait_for_chunk();
-        device::wgmma_wait<0>();
+        v_stage.next();
+        stop = waits_for_next(a.saved_states.data == nullptr);
+        device::wgmma_wait<1>();
         device::hold(S);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-        device::barrier_arrive_if(s.released[at], lane == 0);
-        continue;
+        device::wgmma_wait<0>();
+        device::hold(O);
+        device::barrier_arrive(s.released[at]);
+        put_o(v_at);
       }
-      device::named_sync(kTurnBarrier + w, 256);
-      device::wgmma_fence();
-      multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
-      device::wgmma_commit();
-      if (pending) put_o();
-      // Waits for nothing, but ptxas must see that S is free while the product runs.
-      device::wgmma_wait<1>();
-      device::hold(S);
-#pragma unroll
-      for (int i = 0; i < 64; ++i) S[i] *= decay;
-      device::hold(S);
-      uint32_t V16[16], X16[16];
-      load_values(V16);
-      float4 solve[8];
-      load_solve(solve, s.solve[at]);
-      device::wgmma_wait<0>();
-      device::hold(U);
-      solve_for<Type>(X16, U, V16, solve);
-      device::wgmma_fence();
-      multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
-      device::wgmma_commit();
-      multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
-      device::wgmma_commit();
-      device::named_arrive(kTurnBarrier + 1 - w, 256);
-      float2 factor[8];
-      load_factors(factor, s.write[at]);
-      device::wgmma_wait<1>();
-      device::hold(U);
-      write_state<Type>(S, U, factor, s.k[at][0]);
-      load_factors(factor, s.out[at]);
-      device::wgmma_wait<1>();
-      device::hold(O);
-      device::hold(U);
-      uint32_t Up16[16];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) Up16[i] = pack<Type>(U[2 * i], U[2 * i + 1]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        O[4 * j] *= factor[j].x, O[4 * j + 1] *= factor[j].y, O[4 * j + 2] *= factor[j].x, O[4 * j + 3] *= factor[j].y;
-      }
-      device::wgmma_fence();
-      multiply_panels<Type, false>(O, Up16, device::describe_panel(s.p[at]));  // O^T = gam scale O^T + U^T P^T
-      device::wgmma_commit();
-      pending = true, before = v_stage.at;
-      stage.next();
-      v_stage.next();
-      if (c + 1 < chunks) wait_for_chunk();
-      device::wgmma_wait<1>();
-      device::hold(S);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-      device::wgmma_wait<0>();
-      device::hold(O);
-      device::barrier_arrive_if(s.released[at], lane == 0);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) O16[i] = pack<Type>(O[2 * i], O[2 * i + 1]);
     }
     end_item(a, item, S, w, first_row, warp == 0 && lane == 0, lane);
   }
-  if (pending) put_o();
 }
 
 template <Operand Type>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
-                   const __grid_constant__ CUtensorMap map_o) {
+                   const __grid_constant__ CUtensorMap map_o, const __grid_constant__ CUtensorMap map_state) {
   extern __shared__ __align__(1024) unsigned char raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int tid = threadIdx.x % 128, group = __shfl_sync(~0U, threadIdx.x / 128, 0);
@@ -350,8 +378,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       device::barrier_init(s.loaded[i], 1);
       device::barrier_init(s.normed[i], kChunk);
-      device::barrier_init(s.made[i], 128 + kChunk);
-      device::barrier_init(s.released[i], 8);
+      device::barrier_init(s.made[i], kChunk);
+      device::barrier_init(s.p_made[i], 128);
+      device::barrier_init(s.released[i], 256);
     }
     for (int i = 0; i < kValueStages; ++i) {
       device::barrier_init(s.v_loaded[i], 1);
@@ -378,8 +407,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   device::wait_for_previous_launch();
   if (group == 3) {
     device::fewer_registers<kProducerRegisters>();
-    if (tid == 0) produce_keys(a, s, &map_q, &map_k);
-    if (tid == 32) produce_values(a, s, &map_v, &map_o);
+    if (tid == 0) produce_keys(a, s, &map_q, &map_k, &map_state);
+    if (tid == 32) produce_values(a, s, &map_v, &map_o, &map_state);
     if (tid >= kChunk) make_factors<Type>(a, s, tid - kChunk);
   } else if (group == 0) {
     device::fewer_registers<kAuxiliaryRegisters>();

@@ -45,13 +45,38 @@ struct Claims {
     } else if (pair < a.sequences.N * a.HV) {
       to.item = {pair / a.HV, pair % a.HV, 0, 0, a.sequences.span(pair / a.HV).chunks(), From::start, 0, To::final_state, 0, 0, -1, 0};
     } else {
-      to.item.chunks = -1, to.item.scan_steps = 0;
+      to.item.chunks = -1, to.item.scan_steps = 0, to.staged = Staged::no;
       return;
     }
+    to.staged = to.item.scan_steps > 0                            ? Staged::no
+                : to.item.from == From::boundary                  ? Staged::boundary
+                : to.item.from == From::start && a.initial_staged ? Staged::initial
+                                                                  : Staged::no;
     const Sequences::Span span = a.sequences.span(to.item.sequence);
     to.row = span.row, to.token = span.begin, to.length = span.length, to.slot = span.slot;
   }
 };
+
+// A boundary's state may be read by copies from here on.
+__device__ __forceinline__ void wait_for_boundary(const Plan& plan, const Item& item) {
+  if (item.from_scan != 0) {
+    segment::wait_for_count(&plan.scanned[item.from_boundary], kScanBlocks);
+  } else {
+    segment::wait_for_count(&plan.arrived[item.from_boundary], kArrivalsWhole);
+  }
+  device::fence_global_to_async();
+}
+
+// Piece of the state that an item begins with.
+__device__ __forceinline__ void load_piece(const Arguments& a, const Work& work, const CUtensorMap* map, int piece, void* to,
+                                           Barrier& loaded) {
+  if (work.staged == Staged::boundary) {
+    const float* from = a.plan.states + static_cast<std::int64_t>(work.item.from_boundary) * kHead * kHead + piece * (kPieceBytes / 4);
+    device::load_shared_bytes(to, from, kPieceBytes, loaded);
+  } else {
+    device::load_box(to, map, loaded, piece * kPieceColumns, 0, work.item.head, work.item.sequence);
+  }
+}
 
 // What a scan's steps need, half a transition a stage, as soon as it is there.
 __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, const Item& item, Place<kStages>& stage) {
@@ -83,7 +108,8 @@ __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, 
   }
 }
 
-__device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k) {
+__device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k,
+                                             const CUtensorMap* map_state) {
   Place<kWorkRing> ring;
   Place<kStages> stage;
   Claims claims(a);
@@ -93,13 +119,6 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
     device::barrier_wait(s.item_empty[ring.at], ring.parity ^ 1);
     claims.next(a, to);
     device::barrier_arrive(s.item_full[ring.at]);
-    // Its initial state, where that lies in one piece, is in L2 by the time the consumers want it.
-    if (to.item.chunks > 0 && to.item.from == From::start && a.initial_state_bytes > 0) {
-      device::prefetch_bytes(static_cast<const char*>(a.initial_state.data) +
-                                 (to.item.sequence * a.initial_state.sequence + to.item.head * a.initial_state.head) *
-                                     (a.initial_state_bytes / (kHead * kHead)),
-                             a.initial_state_bytes);
-    }
     ring.next();
   };
   int ahead = -1;  // chunk at which the next item is claimed; -1: now
@@ -122,6 +141,15 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
     if (chunks == 0 && work.item.scan_steps > 0) {
       load_transitions(a, s, work.item, stage);
       device::barrier_wait(s.item_empty[at], parity);  // others shall have the next scan
+    }
+    if (work.staged != Staged::no) {
+      if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
+      Barrier& loaded = s.loaded[stage.at];
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_arrive_expect(loaded, 2 * kPieceBytes);
+      load_piece(a, work, map_state, 0, s.k[stage.at], loaded);
+      load_piece(a, work, map_state, 1, s.q[stage.at], loaded);
+      stage.next();
     }
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
@@ -154,13 +182,15 @@ __device__ __forceinline__ void announce_steps(const Arguments& a, Shared& s, co
 }
 
 // Values come in and outputs leave through the same tiles: before a tile is loaded again, what it has become is stored.
-__device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v, const CUtensorMap* map_o) {
+__device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, const CUtensorMap* map_v, const CUtensorMap* map_o,
+                                               const CUtensorMap* map_state) {
   WorkReader works;
   Place<kValueStages> stage;
   const auto store_output = [&] {
     device::barrier_wait(s.v_replaced[stage.at], stage.parity ^ 1);
     Output& to = s.output[stage.at];
     if (to.map == nullptr) return;
+    device::fence_shared_to_async();  // in the consumers' place, whose time it would take
     device::store_box(to.map, s.v[stage.at], to.head, to.token, to.row);
     to.map = nullptr;
     device::wait_stores_read();
@@ -172,6 +202,14 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
     if (chunks < 0) break;
     if (work.item.scan_steps > 0) announce_steps(a, s, work.item);
     if (!work.values()) continue;
+    if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
+#pragma unroll 1
+    for (int piece = 2; piece < 4 && work.staged != Staged::no; ++piece) {
+      store_output();
+      device::barrier_arrive_expect(s.v_loaded[stage.at], kPieceBytes);
+      load_piece(a, work, map_state, piece, s.v[stage.at], s.v_loaded[stage.at]);
+      stage.next();
+    }
     if (a.bounded_maps != nullptr && work.ragged()) {
       device::acquire_map(bounded(a, work.item.sequence, kMapV));
       device::acquire_map(bounded(a, work.item.sequence, kMapO));

@@ -15,15 +15,20 @@ using device::Operand;
 using std::uint32_t;
 using std::uint64_t;
 
+// A state that an item begins with and that copies bring: in four pieces, the first two into a stage's k and q, the others into two tiles
+// of v.
+enum class Staged : int { no, initial, boundary };
+
 // An item and where its sequence lies: batch row, first token, tokens, number of the first chunk. chunks < 0: no more work.
 struct Work {
   Item item;
   int row, token, length, slot;
+  Staged staged;
 
   __device__ __forceinline__ bool full(int c) const { return c >= item.warm; }  // else the chunk only moves the state on
   __device__ __forceinline__ bool values() const { return item.from != From::identity; }
-  // Stages that it takes.
-  __device__ __forceinline__ int stages() const { return item.chunks == 0 ? 2 * item.scan_steps : item.chunks; }
+  // Stages before those of its chunks: a state's, or all of a scan's.
+  __device__ __forceinline__ int stages_before() const { return staged == Staged::no ? 2 * item.scan_steps : 1; }
   __device__ __forceinline__ bool ragged() const { return length % kChunk != 0; }
 };
 
@@ -51,7 +56,8 @@ struct alignas(1024) Shared {
   Work work[kWorkRing];
   Output output[kValueStages];
   segment::ScanShared scan;
-  Barrier loaded[kStages], normed[kStages], made[kStages], released[kStages];
+  // Every phase has someone who waits for it, also where what it tells is not wanted: a phase that passes unseen looks like a mistake.
+  Barrier loaded[kStages], normed[kStages], made[kStages], p_made[kStages], released[kStages];
   Barrier v_loaded[kValueStages], v_replaced[kValueStages];  // replaced: by o, or read where there is none
   Barrier item_full[kWorkRing], item_empty[kWorkRing];
   int scanned, announced;  // steps of scans: written to global memory so far, and made known to other multiprocessors

@@ -14,13 +14,13 @@ __device__ __forceinline__ int state_v(int i, int first_row, int lane) { return 
 template <StateRows Rows>
 __host__ __device__ constexpr int state_offset(int i) {
   const int k = i / 4 * 8 + i % 2, v = i / 2 % 2 * 8;
-  return Rows == StateRows::k ? k * kHead + v : Rows == StateRows::v ? v * kHead + k : k * kScanColumns + v;
+  return Rows == StateRows::k ? k * kHead + v : v * kHead + k;
 }
-// And register 0's. Blocks: a warp's rows are one.
+// And register 0's.
 template <StateRows Rows>
 __device__ __forceinline__ int state_base(int first_row, int lane) {
   const int k = state_k(0, lane), v = state_v(0, first_row, lane);
-  return Rows == StateRows::k ? k * kHead + v : Rows == StateRows::v ? v * kHead + k : first_row * kHead + k * kScanColumns + v - first_row;
+  return Rows == StateRows::k ? k * kHead + v : v * kHead + k;
 }
 
 // Reads and writes with offsets known here: all are in flight at once.
@@ -45,19 +45,18 @@ __device__ __forceinline__ void load_state(float (&S)[64], const States& from, s
   }
   switch (from.rows) {
     case StateRows::k:
-      if (from.type == device::Type::f32) return load_rows<float, StateRows::k>(S, from.data, offset, first_row, lane);
+      if (from.type == device::Type::f32) break;  // copies bring it, or else it has a stride of its own
       if (from.type == device::Type::bf16) return load_rows<__nv_bfloat16, StateRows::k>(S, from.data, offset, first_row, lane);
       return load_rows<__half, StateRows::k>(S, from.data, offset, first_row, lane);
     case StateRows::v:
-      if (from.type == device::Type::f32) return load_rows<float, StateRows::v>(S, from.data, offset, first_row, lane);
+      if (from.type == device::Type::f32) break;
       if (from.type == device::Type::bf16) return load_rows<__nv_bfloat16, StateRows::v>(S, from.data, offset, first_row, lane);
       return load_rows<__half, StateRows::v>(S, from.data, offset, first_row, lane);
-    case StateRows::blocks: return load_rows<float, StateRows::blocks>(S, from.data, offset, first_row, lane);
-    default:
+    default: break;
+  }
 #pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        S[i] = device::load_element(from.data, from.type, offset + state_k(i, lane) * from.k + state_v(i, first_row, lane) * from.v);
-      }
+  for (int i = 0; i < 64; ++i) {
+    S[i] = device::load_element(from.data, from.type, offset + state_k(i, lane) * from.k + state_v(i, first_row, lane) * from.v);
   }
 }
 
@@ -93,34 +92,49 @@ __device__ __forceinline__ void store_transition(const float (&S)[64], uint32_t*
   }
 }
 
-// The state that an item begins with.
-__device__ __forceinline__ void begin_item(const Arguments& a, const Item& item, float (&S)[64], int w, int first_row, bool leader,
-                                           int lane) {
+// A state that copies have brought, by this warp's part of the pieces: columns 32 p .. 32 p + 31 of the matrix are piece p.
+__device__ __forceinline__ void read_pieces(float (&S)[64], const uint32_t (&pieces)[4], Staged staged, StateRows rows, int w, int warp,
+                                            int lane) {
+  const int g = lane / 4, t = lane % 4;
+  const uint32_t mine = w == 0 ? (warp < 2 ? pieces[0] : pieces[1]) : (warp < 2 ? pieces[2] : pieces[3]);
+  if (staged == Staged::boundary) {
+    const uint32_t from = mine + warp % 2 * segment::kBlockBytes + segment::boundary_offset(2 * t, g) * 4;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) S[i] = device::load_shared(from + segment::boundary_offset(i / 4 * 8 + i % 2, i / 2 % 2 * 8) * 4);
+  } else if (rows == StateRows::k) {  // 128-byte swizzled: 16-byte unit u of row k stands at u ^ (k % 8)
+    const uint32_t from = mine + 2 * t * 128 + (((warp % 2 * 4 + g / 4) ^ (2 * t)) << 4) + g % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int e = i % 2, h = i / 2 % 2;
+      S[i] = device::load_shared((from ^ (e << 4) ^ (h << 5)) + i / 4 * 1024 + e * 128);
+    }
+  } else {
+    const uint32_t from = (w * 64 + warp * 16 + g) * 128 + (((t / 2) ^ g) << 4) + t % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 64; i += 2) {
+      const float2 x = device::load_shared_pair(pieces[i / 16] + (from ^ (i / 4 % 4 << 5)) + i / 2 % 2 * 1024);
+      S[i] = x.x, S[i + 1] = x.y;
+    }
+  }
+}
+
+// The state that an item begins with, unless copies bring it.
+__device__ __forceinline__ void begin_item(const Arguments& a, const Item& item, float (&S)[64], int first_row, int lane) {
   if (item.from == From::identity) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) S[i] = state_k(i, lane) == state_v(i, first_row, lane) ? 1.F : 0.F;
     return;
   }
   States from = a.initial_state;
-  std::int64_t at = item.sequence * from.sequence + item.head * from.head;
   if (item.from == From::zero) from.data = nullptr;
-  if (item.from == From::boundary) {
-    if (leader) {
-      if (item.from_scan != 0) {
-        segment::wait_for_count(&a.plan.scanned[item.from_boundary], kScanBlocks);
-      } else {
-        segment::wait_for_count(&a.plan.arrived[item.from_boundary], kArrivalsWhole);
-      }
-    }
-    device::named_sync(kConsumerBarrier + w, 128);
-    from = {a.plan.states, device::Type::f32, 0, 0, kHead, 1, StateRows::blocks};
-    at = static_cast<std::int64_t>(item.from_boundary) * kHead * kHead;
-  }
-  load_state(S, from, at, first_row, lane);
-  if (a.plan.initial_read != nullptr && item.from == From::start) {  // the final state will overwrite it
-    device::named_sync(kConsumerBarrier + w, 128);
-    if (leader) segment::add_to_count(&a.plan.initial_read[item.sequence * a.HV + item.head]);
-  }
+  load_state(S, from, item.sequence * from.sequence + item.head * from.head, first_row, lane);
+}
+
+// Where the final state will overwrite the initial one: that has been read.
+__device__ __forceinline__ void tell_initial_read(const Arguments& a, const Item& item, int w, bool leader) {
+  if (a.plan.initial_read == nullptr || item.from != From::start) return;
+  device::named_sync(kConsumerBarrier + w, 128);
+  if (leader) segment::add_to_count(&a.plan.initial_read[item.sequence * a.HV + item.head]);
 }
 
 // Where an item's state goes.
@@ -140,9 +154,12 @@ __device__ __forceinline__ void end_item(const Arguments& a, const Item& item, c
   if (item.to == To::transition) {
     store_transition(S, a.plan.transitions + at, first_row, lane);
   } else {
-    store_rows<float, StateRows::blocks>(S, a.plan.states, at, first_row, lane);
+    float* to =
+        a.plan.states + at + first_row / kScanColumns * (segment::kBlockBytes / 4) + segment::boundary_offset(2 * (lane % 4), lane / 4);
+#pragma unroll
+    for (int i = 0; i < 64; ++i) to[segment::boundary_offset(i / 4 * 8 + i % 2, i / 2 % 2 * 8)] = S[i];
   }
-  device::fence_global_to_async();  // a scan reads them by bulk copies
+  device::fence_global_to_async();  // copies read them
   device::named_sync(kConsumerBarrier + w, 128);
   if (leader) segment::add_to_count(&a.plan.arrived[item.to_boundary]);
 }

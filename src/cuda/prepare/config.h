@@ -33,10 +33,8 @@ constexpr float kLargestPlainNorm = 4.F;
 constexpr float kSmallestNorm = 1e-24F;
 constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 
-constexpr int kGramBarrier = 1;  // a named barrier (0 is __syncthreads)
-
-// CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 7 KB of exchange, 8 KB a warp), and
-// 128 registers a thread for four warps.
-constexpr int ctas_per_multiprocessor(int warps) { return warps == 1 ? 6 : warps == 2 ? 5 : 4; }
+// CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 6 KB of exchange, 7 KB a warp), and
+// 128 registers a thread for four.
+constexpr int ctas_per_multiprocessor(int warps, bool split) { return warps == 1 || (warps == 2 && !split) ? 6 : warps == 2 ? 5 : 4; }
 
 }  // namespace flashdelta::cuda::prepare

@@ -11,35 +11,37 @@
 
 namespace flashdelta::cuda::prepare {
 
-// Gates and betas as given, of W value heads from `first` on: two elements a thread, so that neighbours read neighbouring heads. Their
-// bits: turning them into numbers would wait for them.
+// Gates and betas as given, of W value heads from the pass's first on: tokens t and t + 32 of one head a thread, so that neighbours read
+// neighbouring heads. Their bits: turning them into numbers would wait for them. What is absent, or past the end, has bits 0.
 template <int W>
 struct Given {
   uint32_t g[2], beta[2];
 
-  __device__ __forceinline__ void load(const Arguments& a, const Place& at, int pass, int tid) {
-    const int first = at.h * a.group + pass, heads = a.group - pass;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int head = (tid + i * 32 * W) % W, token = (tid + i * 32 * W) / W;
-      g[i] = 0, beta[i] = device::bits_of(1.F, a.beta.type);
-      if (head >= heads || token >= at.rows) continue;
-      if (a.g.data != nullptr) {
-        g[i] = device::load_bits(a.g.data, a.g.type, at.row * a.g.row + (at.token + token) * a.g.token + (first + head) * a.g.head);
-      }
-      if (a.beta.data != nullptr) {
-        beta[i] = device::load_bits(a.beta.data, a.beta.type,
-                                    at.row * a.beta.row + (at.token + token) * a.beta.token + (first + head) * a.beta.head);
-      }
-    }
+  __device__ __forceinline__ void load(const Arguments& a, const Place& at, int pass, unsigned tid) {
+    const int head = pass + static_cast<int>(tid % W), token = static_cast<int>(tid / W);
+    const bool within = head < a.group;
+    load(g, a.g, at.g, head, token, within ? at.rows : 0);
+    load(beta, a.beta, at.beta, head, token, within ? at.rows : 0);
   }
   template <class S>
-  __device__ __forceinline__ void put(const Arguments& a, S& s, int tid) const {
+  __device__ __forceinline__ void put(const Arguments& a, S& s, unsigned tid) const {
+    const unsigned head = tid % W, token = tid / W;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int head = (tid + i * 32 * W) % W, token = (tid + i * 32 * W) / W;
-      s.g[head][token] = device::from_bits(g[i], a.g.type), s.beta[head][token] = device::from_bits(beta[i], a.beta.type);
+      auto& to = s.derived.head[head].given;
+      to.g[token + 32 * i] = device::from_bits(g[i], a.g.type);
+      to.beta[token + 32 * i] = a.beta.data == nullptr ? 1.F : device::from_bits(beta[i], a.beta.type);
     }
+  }
+
+ private:
+  __device__ __forceinline__ static void load(uint32_t (&to)[2], const Scalars& x, std::int64_t first, int head, int token, int rows) {
+    to[0] = to[1] = 0;
+    if (x.data == nullptr) return;
+    const int shift = x.type == device::Type::f32 ? 2 : 1;
+    const char* at = static_cast<const char*>(x.data) + ((first + token * x.token + head * x.head) << shift);
+    if (token < rows) to[0] = device::load_bits(at, x.type);
+    if (token + 32 < rows) to[1] = device::load_bits(at + (x.token << (shift + 5)), x.type);
   }
 };
 

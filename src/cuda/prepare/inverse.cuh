@@ -39,9 +39,9 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
   const uint32_t one = on_first ? 0x00003C00U : on_second ? 0x3C000000U : 0U;
   const uint32_t mask2 = on_second ? 0x0000FFFFU : 0U, mask2t = on_first ? 0xFFFF0000U : 0U;
   const uint32_t mask4t = same_half && !(r & 2) && (q & 1) ? ~0U : 0U, mask8t = !(r & 4) && (q & 2) ? ~0U : 0U;
-  float2 squares = make_float2(0.F, 0.F);
-  uint32_t Ta[4][4][4], Ta_rest[4][4][4];  // T as A fragments
-  uint32_t Tb[3][3], Tb_rest[3][3];        // diag(column) T_JJ as B: (k 0-7, n 0-7), (k 8-15, n 0-7), (k 8-15, n 8-15)
+  float2 squares = make_float2(0.F, 0.F), inner = squares;  // inner: of 8 x 8 diagonal blocks, which not all lanes hold
+  uint32_t Ta[4][4][4], Ta_rest[4][4][4];                   // T as A fragments
+  uint32_t Tb[3][3], Tb_rest[3][3];                         // diag(column) T_JJ as B: (k 0-7, n 0-7), (k 8-15, n 0-7), (k 8-15, n 8-15)
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
     const float2 R0 = f.gate[16 * i + r], R1 = f.gate[16 * i + 8 + r];
@@ -57,10 +57,8 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
     const float u0 = d1.x * w4, u1 = d1.y * w5;  // -L21^T
     const uint32_t pt = pack_f16(u0, u1);
     squares.x = fmaf(u0, u0, fmaf(u1, u1, squares.x)), squares.y = fmaf(w4, w4, fmaf(w5, w5, squares.y));
-    if (2 * q > r) {
-      squares.x = fmaf(v0, v0, fmaf(v1, v1, fmaf(v2, v2, fmaf(v3, v3, squares.x))));
-      squares.y = fmaf(w0, w0, fmaf(w1, w1, fmaf(w2, w2, fmaf(w3, w3, squares.y))));
-    }
+    inner.x = fmaf(v0, v0, fmaf(v1, v1, fmaf(v2, v2, fmaf(v3, v3, inner.x))));
+    inner.y = fmaf(w0, w0, fmaf(w1, w1, fmaf(w2, w2, fmaf(w3, w3, inner.y))));
     float xa[4], xb[4];  // rows 0-7 of xa and rows 8-15 of xb count; the other halves are never read
     xa[0] = on_second ? v0 : one0, xa[1] = one1, xb[2] = on_second ? v2 : one0, xb[3] = one1;
     device::undefined(xa[2]), device::undefined(xa[3]), device::undefined(xb[0]), device::undefined(xb[1]);
@@ -116,6 +114,13 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
       Tb[i][2] = device::multiply_f16(tb, f1);
     }
   }
+  uint32_t row_factor[3][2];
+#pragma unroll
+  for (int m = 1; m < 4; ++m) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) row_factor[m - 1][v] = *reinterpret_cast<const uint32_t*>(&f.row[16 * m + 8 * v + 2 * q]);
+  }
+  const uint32_t above = device::shared_address(s.above) + lane * 16;
   // Blocks below the diagonal, column by column from the right: T_IJ = (sum over M of T_IM (-L_MJ)) T_JJ, L without its column factor,
   // which Tb has.
 #pragma unroll
@@ -124,9 +129,12 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
 #pragma unroll
     for (int m = j + 1; m < 4; ++m) {
       const float between = m - j < 2 ? 1.F : j == 1 ? decay.d31 : m == 2 ? decay.d20 : decay.d30;
+      uint32_t high[4], low[4];
+      device::load_matrices(high, above + pair_of(j, m) * 512);
+      if constexpr (Split) device::load_matrices(low, above + (6 + pair_of(j, m)) * 512);
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        uint32_t factor = *reinterpret_cast<const uint32_t*>(&f.row[16 * m + 8 * v + 2 * q]);
+        uint32_t factor = row_factor[m - 1][v];
         if (!Split && m - j >= 2) factor = device::multiply_f16(factor, pack_f16(between, between));
         float2 factor32;
         if constexpr (Split) {
@@ -136,13 +144,12 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const uint32_t high = s.above[pair_of(j, m)][h][v][lane];
           if constexpr (Split) {
-            const float2 a = device::unpack_f16(high), b = device::unpack_f16(s.above_rest[pair_of(j, m)][h][v][lane]);
+            const float2 a = device::unpack_f16(high[2 * h + v]), b = device::unpack_f16(low[2 * h + v]);
             const float x = (a.x + b.x) * factor32.x * between, y = (a.y + b.y) * factor32.y * between;
             L[m][2 * h + v] = pack_f16(x, y), L_rest[m][2 * h + v] = pack_rest_f16(x, y, L[m][2 * h + v]);
           } else {
-            L[m][2 * h + v] = device::multiply_f16(high, factor);
+            L[m][2 * h + v] = device::multiply_f16(high[2 * h + v], factor);
           }
         }
       }
@@ -181,21 +188,26 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
       }
     }
   }
+  if (2 * q > r) squares.x += inner.x, squares.y += inner.y;
   return squares;
 }
 
-// Whether the loop has to take this chunk of this head token by token (config.h).
+// Whether the loop has to take this chunk of this head token by token (config.h). For lane 0.
 template <Operand Type>
 __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, int rows, KeyScale scale, const RecordTail& tail, int lane) {
   constexpr Hardness kHard = Type == Operand::f16 ? kHardF16 : kHardBf16;
   // Betas of scaled keys are those of unit keys: the factors have them times |k|^2.
   const float b0 = f.gate[2 * lane].y, b1 = f.gate[2 * lane + 1].y;
-  float beta_square = fmaf(b0, b0, b1 * b1);
+  const float beta_part = fmaf(b0, b0, b1 * b1);
+  // Three sums over the warp at once: x ends in lane 0, beta_part in lane 8, y in lane 16.
+  const bool upper = (lane & 16) != 0, odd = (lane & 8) != 0;
+  float sum = (upper ? squares.y : squares.x) + __shfl_xor_sync(~0U, upper ? squares.x : squares.y, 16);
+  const float third = beta_part + __shfl_xor_sync(~0U, beta_part, 16);
+  sum = (odd ? third : sum) + __shfl_xor_sync(~0U, odd ? sum : third, 8);
 #pragma unroll
-  for (int o = 16; o > 0; o >>= 1) {
-    squares.x += __shfl_xor_sync(~0U, squares.x, o), squares.y += __shfl_xor_sync(~0U, squares.y, o);
-    beta_square += __shfl_xor_sync(~0U, beta_square, o);
-  }
+  for (int o = 4; o > 0; o >>= 1) sum += __shfl_xor_sync(~0U, sum, o);
+  const float beta_square = __shfl_sync(~0U, sum, 8);
+  squares = make_float2(sum, __shfl_sync(~0U, sum, 16));
   bool hard = false;
   if (Type == Operand::f16 && scale == KeyScale::power_of_two) {
     hard = __any_sync(~0U, tail.exponent[2 * lane] >= kHardExponentF16 || tail.exponent[2 * lane + 1] >= kHardExponentF16);

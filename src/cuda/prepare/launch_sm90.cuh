@@ -10,13 +10,13 @@ namespace flashdelta::cuda::prepare {
 template <Operand Type, int W, bool Split>
 cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
   const auto kernel = prepare_kernel<Type, W, Split>;
-  constexpr int kShared = sizeof(Shared<W>);
+  constexpr int kShared = sizeof(Shared<W, Split>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); error != cudaSuccess) {
     return error;
   }
   const int items = arguments.slots * arguments.H;
   // One less than fit: the plan of segments takes the last place, and waits there.
-  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W) - 1));
+  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W, Split) - 1));
   kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
   return cudaGetLastError();
 }

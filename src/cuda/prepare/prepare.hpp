@@ -17,7 +17,7 @@ struct Arguments {
   unsigned char* records;     // [slots, HV, record_bytes]
   CUtensorMap* bounded_maps;  // [N, kMaps]; null where no map needs a bound
   int* counter;               // set to 0: the loop's items are handed out by it
-  float* bounds;              // [HV, slots], the log norm of each chunk's transition at most; null: not wanted
+  signed char* bounds;        // [HV, forgotten_row(slots)], what each chunk forgets; null: not wanted
   // Rows of o that belong to no sequence are set to zero here (packed calls).
   unsigned char* o;
   std::int64_t o_token, o_head;  // strides in bytes

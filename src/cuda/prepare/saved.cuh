@@ -60,6 +60,19 @@ static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a)
   }
 }
 
+// Bytes that no chunk of this call has, between those that chunks have: the plan reads words of them, though it lets none count.
+static __device__ __noinline__ void clear_bounds_of_no_chunk(const Arguments& a) {
+  const int row = static_cast<int>(forgotten_row(a.slots));
+  for (int n = static_cast<int>(blockIdx.x) - 1; n < a.sequences.N; n += gridDim.x) {
+    const int from = n < 0 ? 0 : a.sequences.span(n).slot + a.sequences.span(n).chunks();
+    const int until = n + 1 < a.sequences.N ? a.sequences.slot(n + 1) : row;
+    for (int e = threadIdx.x; e < (until - from) * a.H * a.group; e += blockDim.x) {
+      a.bounds[static_cast<std::int64_t>(e / (until - from)) * row + from + e % (until - from)] = 0;
+    }
+    if (n < 0 && threadIdx.x < kForgottenGroup) a.bounds[static_cast<int>(threadIdx.x) - kForgottenGroup] = 0;  // in front of the first row
+  }
+}
+
 // Rows of saved_c and saved_T of tokens in no sequence, and saved states of no chunk: they come out as zero, as everything that is wanted
 // is written completely.
 static __device__ __noinline__ void zero_saved_of_no_sequence(const Arguments& a) {

@@ -4,6 +4,7 @@
 #include "cuda/device/barrier.cuh"
 #include "cuda/device/fragment.cuh"
 #include "cuda/layout.cuh"
+#include "cuda/prepare/config.h"
 #include "cuda/prepare/prepare.hpp"
 
 namespace flashdelta::cuda::prepare {
@@ -21,22 +22,44 @@ struct Factors {
 
 // Where a work item, a chunk of a key head, lies.
 struct Place {
-  int row, token, rows, slot, h;  // rows: tokens of the chunk; 0 where no sequence uses the number, or where no work is left
+  std::int64_t g, beta;  // element of the gates, of beta, at its first token and value head
+  int row, token, slot, h;
+  int rows;  // tokens of the chunk; or kNoMore, kNotYet
+};
+constexpr int kNoMore = 0, kNotYet = -1;
+// Places are found kBatch at a time, a lane each. Warps are at most one item apart.
+constexpr int kBatch = 16, kPlaces = 32;
+
+// A value head's gates and betas as given, and later its factors. The padding keeps heads, which are written together, on different banks.
+union Head {
+  struct {
+    float g[kChunk], beta[kChunk];
+  } given;
+  Factors factors;
+  unsigned char padded[800];
 };
 
-template <int Warps>
-struct alignas(1024) Shared {
-  unsigned char k[2][kChunk * 128];  // two halves of K, 128-byte swizzled
+// What is there only after the products of keys.
+template <int Warps, bool Split>
+struct Derived {
   unsigned char record[Warps][record_bytes(true)];
-  Factors factors[Warps];
-  float g[Warps][kChunk + 8], beta[Warps][kChunk + 8];  // as given; padded, because they are written head by head
-  float norm[kChunk];                                   // |k|^2
-  float key_scale[kChunk];                              // what keys are multiplied by, where they are
-  float2 diagonal[4][3][32];                            // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
-  uint32_t above[6][2][2][32];                          // blocks above the diagonal, [pair][row half][column half][lane], fp16
-  uint32_t above_rest[6][2][2][32];                     // what fp16 lost of them
-  Place place[4];                                       // of items n % 4: warps are at most one item apart
+  Head head[Warps];
+  float2 diagonal[4][3][32];                             // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
+  alignas(16) uint32_t above[Split ? 12 : 6][2][2][32];  // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
+};
+
+// Split: operands of two fp16 numbers.
+template <int Warps, bool Split>
+struct alignas(1024) Shared {
+  unsigned char k[2 * kChunk * 128];  // two halves of K, 128-byte swizzled
+  alignas(128) float norm[kChunk];    // |k|^2
+  float key_scale[kChunk];            // what keys are multiplied by, where they are
+  Derived<Warps, Split> derived;
+  Place place[kPlaces];  // of items n % kPlaces
   Barrier full;
+
+  // 128 bytes for each warp that nothing else uses before the first item: of `norm` and `key_scale`.
+  __device__ __forceinline__ unsigned char* scratch(int warp) { return reinterpret_cast<unsigned char*>(norm) + warp * 128; }
 };
 
 }  // namespace flashdelta::cuda::prepare

@@ -14,9 +14,9 @@ constexpr int kMostWarmUp = 8;
 constexpr float kStateOnly = 0.7F;
 // Beginning and ending an item: reading a state, filling the pipeline, writing a state. More where that is written in pairs of bf16 and
 // others are told.
-constexpr float kItem = 2.F, kPart = 4.5F;
-// One step of the scan.
-constexpr float kScanStep = 0.5F;
+constexpr float kItem = 2.F, kPart = 2.5F;
+// Beginning and ending a scan; one step of it.
+constexpr float kScanItem = 2.F, kScanStep = 0.7F;
 
 // A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
 constexpr float kFirstShare = kStateOnly;
@@ -25,19 +25,20 @@ constexpr float kFirstShare = kStateOnly;
 constexpr int kShortest = 2;
 // Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.
 constexpr float kNeverCut = 0.52F;
-// A plan must promise to save this share of the time, since it costs a launch.
-constexpr float kWorthIt = 0.9F;
+// What a plan promises is worth this much: multiprocessors are never loaded quite alike, and the plan itself takes a while.
+constexpr float kImbalance = 1.1F, kPlan = 3.F;
 
-// Chunks (of value heads) from which on `prepare` takes longer than a plan from cold instructions, 20 us.
-constexpr int kRehearseFrom = 6144;
+// Chunks (of value heads) from which on `prepare` takes about as long as a rehearsal of the plan.
+constexpr int kRehearseFrom = 4096;
 
 // batch_invariant: chunks between its fixed cuts.
 constexpr int kFixedChunks = 64;
 
-// Pairs that a plan may cut, by kNeverCut fewer than twice the multiprocessors; and boundaries, each of 128 KB of workspace.
-constexpr int kMostListed = kThreads;
 // Blocks that a multiprocessor could hold by registers: the plan must fit beside `prepare`, to be there when that ends.
 constexpr int kResident = 4;
+
+// Pairs that a plan may cut, by kNeverCut fewer than twice the multiprocessors; and boundaries, each of 128 KB of workspace.
+constexpr int kMostListed = kThreads;
 constexpr int kMostBoundaries = 288;
 constexpr int kMostSegments = 64;  // of one pair, where the plan chooses
 

@@ -1,234 +1,188 @@
-// What a plan is made from: lengths, pairs that may be cut, how far their gates forget, and what cuts would cost.
+// What a plan by cost is made from before anything is known of the gates: lengths, and the pairs that may be cut.
 #pragma once
 
-#include "cuda/device/barrier.cuh"
-#include "cuda/segment/config.h"
-#include "cuda/segment/segment.hpp"
+#include "cuda/device/reciprocal.cuh"
+#include "cuda/segment/emit.cuh"
 
 namespace flashdelta::cuda::segment {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kMostSums = 6;
+constexpr int kMostSums = 5;
 constexpr int kModelLanes = kThreads / kMostSegments;
-constexpr int kMostInShared = 1024;  // boundaries whose warm-ups are kept there rather than in the workspace
-
-struct Pair {
-  int sequence, head, chunks;
-};
+constexpr int kPasses = 2;  // a rehearsal, and the plan
 
 // What a number of segments makes of the exact pairs.
-struct Model {
+struct alignas(16) Model {
   float time;
-  int parts, scans, dependents;  // items: firsts, transitions and local states; column blocks; segments that wait
-  float parts_cost, scans_cost, dependents_cost;
+  float wanted;    // chunks of a segment
+  int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait
+  float costs[3];  // of all of each
+};
+enum ModelItem { kParts, kScans, kDependents, kModelItems };
+
+struct Outline {
+  int listed, runs, longest, longest_whole;  // listed: 0 where no plan could be worth it
+  float whole, uncut;                        // chunks, and what beginning costs, of pairs that are not listed; time of a call without cuts
 };
 
 struct Shared {
-  int sequence[kMostListed], head[kMostListed], chunks[kMostListed];  // pairs that may be cut
-  short exact[kMostListed], warm[kMostListed];                        // listed pairs of either kind
-  unsigned char window[kMostListed];  // chunks within which a pair forgets wherever one looks; 0: it does not
-  float line[kMostListed + 1];        // where warm pairs begin on their line
-  float piece[kThreads + 1];          // where pieces of the line begin
-  int segments[kThreads + 1], boundaries[kThreads + 1];
+  Pair sequences[kMostListed];           // whose pairs may be cut; `head` is the number of their run
+  Pair pairs[kMostListed];               // of them
+  const signed char* rows[kMostListed];  // where their chunks' bytes lie
+  int run_chunks[kMostListed];           // of listed sequences of one length, next to one another
+  int run_exact[kPasses][kMostListed];
+  unsigned char run[kMostListed];                // of a pair
+  unsigned char fails[kPasses][2][kMostListed];  // some four chunks, or eight, forget too little
+  unsigned char window[kMostListed];             // chunks within which a pair forgets wherever one looks; 0: it does not
+  short exact[kMostListed], warm[kMostListed];   // listed pairs of either kind
+  float line[kMostListed];                       // where warm pairs begin on their line
+  int2 start[kThreads];                          // of pieces of the line: warm pair and chunk
+  Outline outline;
   Model model[kMostSegments];
-  int best;
-  bool rehearsing;
-  signed char warm_here[kMostInShared];
-  float scratch[kMostSums * kWarps];
-  int scratch_int[kMostSums * kWarps];
+  unsigned least[kWarps];
+  int segment[kMostListed + kMostBoundaries];  // of exact pairs: pair, its number in it, how many that has, a byte each
+  signed char warm_here[kMostBoundaries];
+  int figures[2];
+  int scratch[2][kMostSums * kWarps];  // used in turn: one barrier a sum is enough
 };
+static_assert(kMostListed <= 256 && kMostSegments < 256, "a byte each");
 
-// Exclusive sums over the block of several values at once, and their totals; every thread must come. Not inlined: the plan runs once,
-// and waits for its instructions more than for anything else.
-template <class X>
-struct Sums {
-  X before[kMostSums], total[kMostSums];
-};
-template <class X>
-__device__ __noinline__ Sums<X> block_sums(X a, X b, X c, X d, X e, X f, X* scratch) {
+// Exclusive sums over the block of several values at once, and their totals; every thread must come.
+template <int N>
+__device__ __forceinline__ void block_sums(int (&x)[N], int (&total)[N], int* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const X x[kMostSums] = {a, b, c, d, e, f};
-  Sums<X> sums;
+  int sum[N];
 #pragma unroll
-  for (int v = 0; v < kMostSums; ++v) sums.before[v] = x[v];
+  for (int v = 0; v < N; ++v) sum[v] = x[v];
 #pragma unroll 1
   for (int o = 1; o < 32; o <<= 1) {
 #pragma unroll
-    for (int v = 0; v < kMostSums; ++v) {
-      const X before = __shfl_up_sync(~0U, sums.before[v], o);
-      if (lane >= o) sums.before[v] += before;
+    for (int v = 0; v < N; ++v) {
+      const int before = __shfl_up_sync(~0U, sum[v], o);
+      if (lane >= o) sum[v] += before;
     }
   }
-  __syncthreads();
   if (lane == 31) {
 #pragma unroll
-    for (int v = 0; v < kMostSums; ++v) scratch[v * kWarps + warp] = sums.before[v];
+    for (int v = 0; v < N; ++v) scratch[v * kWarps + warp] = sum[v];
   }
   __syncthreads();
 #pragma unroll
-  for (int v = 0; v < kMostSums; ++v) sums.total[v] = 0, sums.before[v] -= x[v];
-#pragma unroll 1
-  for (int i = 0; i < kWarps; ++i) {
-#pragma unroll
-    for (int v = 0; v < kMostSums; ++v) {
-      const X part = scratch[v * kWarps + i];
-      if (i < warp) sums.before[v] += part;
-      sums.total[v] += part;
-    }
+  for (int v = 0; v < N; ++v) {
+    const int part = lane < kWarps ? scratch[v * kWarps + lane] : 0;
+    total[v] = __reduce_add_sync(~0U, part);
+    x[v] = sum[v] - x[v] + __reduce_add_sync(~0U, lane < warp ? part : 0);
   }
-  return sums;
-}
-template <class X, int N>
-__device__ __forceinline__ void exclusive_sums(X (&x)[N], X (&total)[N], X* scratch) {
-  const Sums<X> sums = block_sums<X>(x[0], N > 1 ? x[1 % N] : 0, N > 2 ? x[2 % N] : 0, N > 3 ? x[3 % N] : 0, N > 4 ? x[4 % N] : 0,
-                                     N > 5 ? x[5 % N] : 0, scratch);
-#pragma unroll
-  for (int v = 0; v < N; ++v) x[v] = sums.before[v], total[v] = sums.total[v];
-}
-template <class X>
-__device__ __forceinline__ X exclusive_sum(X x, X& total, X* scratch) {
-  X one[1] = {x}, all[1];
-  exclusive_sums(one, all, scratch);
-  total = all[0];
-  return one[0];
 }
 
-// Lengths of a call's sequences, in chunks.
+// items / per, rounded up, with the reciprocal of per. Not a division: half an item is more than what the product errs by.
+__device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) { return floorf((items + per - 0.5F) * reciprocal); }
+
+// Longest, shortest and sum of the lengths of a packed call's sequences; empty ones are not the shortest.
 struct Lengths {
-  float total;  // over all sequences
   int longest, shortest;
+  unsigned sum;
 };
-
 __device__ __forceinline__ Lengths measure(const Arguments& a, Shared& s) {
-  int sum = 0, longest = 0, shortest = 1 << 30;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Lengths x{0, 1 << 30, 0};
+#pragma unroll 1
   for (int n = threadIdx.x; n < a.sequences.N; n += kThreads) {
     const int chunks = a.sequences.span(n).chunks();
-    sum += chunks, longest = max(longest, chunks);
-    if (chunks > 0) shortest = min(shortest, chunks);
+    x.sum += chunks, x.longest = max(x.longest, chunks);
+    if (chunks > 0) x.shortest = min(x.shortest, chunks);
   }
-  Lengths all{};
-  exclusive_sum(static_cast<float>(sum), all.total, s.scratch);
-  longest = __reduce_max_sync(~0U, longest), shortest = __reduce_min_sync(~0U, shortest);
+  x = {__reduce_max_sync(~0U, x.longest), __reduce_min_sync(~0U, x.shortest), __reduce_add_sync(~0U, x.sum)};
+  int* scratch = s.scratch[0];
+  if (lane == 0) scratch[warp] = x.longest, scratch[kWarps + warp] = x.shortest, scratch[2 * kWarps + warp] = static_cast<int>(x.sum);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) s.scratch_int[threadIdx.x / 32] = longest, s.scratch[threadIdx.x / 32] = static_cast<float>(shortest);
-  __syncthreads();
-  all.shortest = 1 << 30;
-  for (int i = 0; i < kWarps; ++i) {
-    all.longest = max(all.longest, s.scratch_int[i]), all.shortest = min(all.shortest, static_cast<int>(s.scratch[i]));
-  }
-  __syncthreads();
-  return all;
+  const int at = lane % kWarps;
+  const auto sum = static_cast<unsigned>(scratch[2 * kWarps + at]);
+  return {__reduce_max_sync(~0U, scratch[at]), __reduce_min_sync(~0U, scratch[kWarps + at]),
+          __reduce_add_sync(~0U, lane < kWarps ? sum : 0U)};
 }
 
-// Pairs of sequences of more than `longest_whole` chunks, in order. Returns how many, or -1 where they are too many to list.
-__device__ __forceinline__ int list_pairs(const Arguments& a, Shared& s, int longest_whole) {
-  int count = 0;
-  for (int first = 0; first < a.sequences.N; first += kThreads) {
-    const int n = first + threadIdx.x;
-    const int chunks = n < a.sequences.N ? a.sequences.span(n).chunks() : 0;
-    int more = 0;
-    const int at = count + exclusive_sum(chunks > longest_whole ? 1 : 0, more, s.scratch_int);
-    count += more;
-    if (chunks <= longest_whole) continue;
-    for (int h = 0, i = at * a.HV; h < a.HV && i < kMostListed; ++h, ++i) s.sequence[i] = n, s.head[i] = h, s.chunks[i] = chunks;
-  }
-  __syncthreads();
-  return count * a.HV <= kMostListed ? count * a.HV : -1;
-}
-
-__device__ __forceinline__ const float* bounds_of(const Arguments& a, int sequence, int head) {
-  return a.bounds + static_cast<std::int64_t>(head) * a.slots + a.sequences.slot(sequence);
-}
-
-// The first of the two times that a plan is made, before there are bounds: its only use is that its instructions are at hand when the
-// second one has to be quick. Every fourth head keeps all, so that both kinds of pairs occur.
-__device__ __forceinline__ float bound_at(const Shared& s, const Pair& p, const float* bound) {
-  return s.rehearsing ? (p.head % 4 == 0 ? 0.F : kLowestGate) : *bound;
-}
-
-// Chunks within which a pair forgets wherever one looks: 4, 8, or 0 where neither is enough. One warp.
-__device__ __forceinline__ int forgetting_window(const Arguments& a, const Shared& s, const Pair& p, int lane) {
-  const float* bounds = bounds_of(a, p.sequence, p.head);
-  bool four = true, eight = true;
-  float before1 = 0.F, before2 = 0.F, before4 = 0.F;
-  const auto shifted = [&](float x, float before, int by) {
-    const float here = __shfl_sync(~0U, x, (lane - by) & 31), there = __shfl_sync(~0U, before, (lane - by) & 31);
-    return lane >= by ? here : there;
-  };
-  constexpr int kBatch = 8;  // loads in flight
-  for (int first = 0; first < p.chunks; first += 32 * kBatch) {
-    float batch[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int c = first + 32 * i + lane;
-      batch[i] = c < p.chunks ? bound_at(s, p, bounds + c) : 0.F;
+// Lists a packed call's sequences of more than outline.longest_whole chunks, and which of them are of one length; false where their pairs
+// are too many.
+__device__ __forceinline__ bool list_sequences(const Arguments& a, Shared& s, Outline& outline) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = threadIdx.x;
+  int count = 0, turn = 1;
+#pragma unroll 1
+  for (int first = 0; first < a.sequences.N; first += kThreads, turn ^= 1) {
+    const int n = first + i;
+    Pair sequence{n, 0, 0, 0};
+    if (n < a.sequences.N) {
+      const Sequences::Span span = a.sequences.span(n);
+      sequence.chunks = span.chunks(), sequence.slot = span.slot;
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int c = first + 32 * i + lane;
-      if (first + 32 * i >= p.chunks) break;
-      const float x = batch[i];
-      const float x2 = x + shifted(x, before1, 1), x4 = x2 + shifted(x2, before2, 2), x8 = x4 + shifted(x4, before4, 4);
-      before1 = x, before2 = x2, before4 = x4;
-      // Negated, so that NaN is never enough.
-      if (c >= 3 && c < p.chunks && !(x4 <= a.enough)) four = false;
-      if (c >= 7 && c < p.chunks && !(x8 <= a.enough)) eight = false;
-    }
+    const bool may = sequence.chunks > outline.longest_whole;
+    const unsigned vote = __ballot_sync(~0U, may);
+    if (lane == 0) s.scratch[turn][warp] = __popc(vote);
+    __syncthreads();
+    const int part = lane < kWarps ? s.scratch[turn][lane] : 0;
+    const int at = count + __reduce_add_sync(~0U, lane < warp ? part : 0) + __popc(vote & ((1U << lane) - 1));
+    if (may && at < kMostListed) s.sequences[at] = sequence;
+    count += __reduce_add_sync(~0U, part);
   }
-  four = __all_sync(~0U, four), eight = __all_sync(~0U, eight);
-  return four ? 4 : eight ? 8 : 0;
+  if (count * a.HV > kMostListed) return false;
+  __syncthreads();
+  const int chunks = i < count ? s.sequences[i].chunks : 0;
+  const bool begins_run = i < count && (i == 0 || s.sequences[i - 1].chunks != chunks);
+  int found[2] = {begins_run ? 1 : 0, chunks}, all[2];
+  block_sums(found, all, s.scratch[turn]);
+  const int run = found[0] + (begins_run ? 1 : 0) - 1;
+  if (i < count) s.sequences[i].head = run;
+  if (begins_run) s.run_chunks[run] = chunks;
+  outline.listed = count * a.HV, outline.runs = all[0], outline.whole -= static_cast<float>(all[1]) * a.HV + kItem * outline.listed;
+  __syncthreads();
+  return true;
 }
 
-// Chunks of warm-up that reach the state before chunk `cut`, or 0.
-__device__ __forceinline__ int warm_up(const Arguments& a, const Shared& s, const Pair& p, int cut) {
-  const float* bounds = bounds_of(a, p.sequence, p.head);
-  float x[kMostWarmUp];
-#pragma unroll
-  for (int i = 0; i < kMostWarmUp; ++i) x[i] = cut > i ? bound_at(s, p, bounds + cut - 1 - i) : 0.F;
-  int enough = 0;
-  float sum = 0.F;
-  bool found = false;
-#pragma unroll
-  for (int i = 0; i < kMostWarmUp; ++i) {
-    sum += x[i];
-    if (!found && i < cut && sum <= a.enough) enough = i + 1, found = true;
-  }
-  return enough;
-}
+// Leaves s.outline, pairs and runs. Returns how many pairs are listed; 0: there is nothing to plan.
+__device__ __forceinline__ int make_outline(const Arguments& a, Shared& s) {
+  const int i = threadIdx.x;
+  const bool packed = a.sequences.cu_seqlens != nullptr;
+  Outline x{};
+  s.run_exact[0][i] = s.run_exact[1][i] = 0;
+  reinterpret_cast<int*>(s.fails)[i] = 0;
+  static_assert(sizeof(s.fails) == kThreads * sizeof(int) && kMostListed == kThreads);
 
-// The time of a call with exact pairs in up to `segments` parts, by kModelLanes neighbouring lanes.
-__device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, int segments, int exact, int longest, float others,
-                                          bool line, float cut, int lane) {
-  const float wanted = ceilf(static_cast<float>(longest) / segments);
-  Model m{};
-  int boundaries = 0, steps = 0;
-  float dependent = 0.F, part = 0.F;  // the longest of each
-  for (int i = lane; i < exact; i += kModelLanes) {
-    const int chunks = s.chunks[s.exact[i]];
-    const int n = max(1, min(static_cast<int>(ceilf(chunks / wanted)), chunks / kShortest));
-    const float length = chunks / (n - 1 + kFirstShare), first = n > 1 ? kFirstShare * length : chunks;
-    const int middle = max(0, n - 2);
-    m.parts += 1 + 2 * middle, m.parts_cost += first + kItem + 2 * middle * (kStateOnly * length + kPart);
-    m.scans += middle > 0 ? kScanBlocks : 0, m.scans_cost += kScanBlocks * middle * kScanStep;
-    m.dependents += n - 1, m.dependents_cost += (n - 1) * (length + kItem);
-    boundaries += n - 1, steps = max(steps, middle), dependent = fmaxf(dependent, n > 1 ? length + kItem : 0.F);
-    part = fmaxf(part, first + kItem);
+  const float P = static_cast<float>(a.multiprocessors), reciprocal = device::reciprocal(P);
+  const float pairs = static_cast<float>(a.sequences.N) * a.HV;
+  const int row = (a.sequences.T + kChunk - 1) / kChunk;  // of a call that is not packed
+  bool alike = true;
+  float total = pairs * row;
+  x.longest = row;
+  if (packed) {
+    const Lengths lengths = measure(a, s);
+    alike = lengths.longest == lengths.shortest;
+    x.longest = lengths.longest, total = static_cast<float>(lengths.sum) * a.HV;
   }
-#pragma unroll
-  for (int o = 1; o < kModelLanes; o <<= 1) {
-    m.parts += __shfl_xor_sync(~0U, m.parts, o), m.scans += __shfl_xor_sync(~0U, m.scans, o);
-    m.dependents += __shfl_xor_sync(~0U, m.dependents, o), boundaries += __shfl_xor_sync(~0U, boundaries, o);
-    m.parts_cost += __shfl_xor_sync(~0U, m.parts_cost, o), m.scans_cost += __shfl_xor_sync(~0U, m.scans_cost, o);
-    m.dependents_cost += __shfl_xor_sync(~0U, m.dependents_cost, o), steps = max(steps, __shfl_xor_sync(~0U, steps, o));
-    dependent = fmaxf(dependent, __shfl_xor_sync(~0U, dependent, o)), part = fmaxf(part, __shfl_xor_sync(~0U, part, o));
+  const float share = total * reciprocal, begins = kItem * pairs * reciprocal;
+  x.uncut = alike ? rounded_up(pairs, P, reciprocal) * (x.longest + kItem) : fmaxf(x.longest + kItem, share + begins + 0.5F * x.longest);
+  x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
+  if (x.longest <= x.longest_whole || kImbalance * (share + begins) + kPlan > x.uncut) return 0;
+
+  x.whole = total + kItem * pairs;
+  if (packed) {
+    if (!list_sequences(a, s, x)) return 0;
+  } else {
+    if (a.sequences.N * a.HV > kMostListed) return 0;
+    x.listed = a.sequences.N * a.HV, x.runs = 1, x.whole = 0.F;
+    if (i == 0) s.run_chunks[0] = row;
   }
-  const float P = static_cast<float>(a.multiprocessors);
-  const float load = (m.parts_cost + m.scans_cost + m.dependents_cost + others + (line ? P * cut : 0.F)) / P;
-  const float waves = ceilf(m.parts / P), later_waves = ceilf(m.dependents / P);
-  const float chain = fmaxf(part, waves * (m.parts > 0 ? m.parts_cost / m.parts : 0.F)) +
-                      (steps > 0 ? 1.F + ceilf(m.scans / P) * steps * kScanStep : 0.F) + later_waves * dependent;
-  m.time = boundaries <= a.most_boundaries ? fmaxf(load, chain) : 1e30F;
-  return m;
+  if (i < x.listed) {
+    const int sequence = static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(a.HV));
+    Pair mine{sequence, 0, row, sequence * row};
+    if (packed) mine = s.sequences[sequence];
+    s.run[i] = static_cast<unsigned char>(mine.head);
+    mine.head = i - sequence * a.HV;
+    s.pairs[i] = mine;
+    s.rows[i] = a.forgotten + static_cast<std::int64_t>(mine.head) * forgotten_row(a.slots) + mine.slot;
+  }
+  if (i == 0) s.outline = x;
+  __syncthreads();
+  return x.listed;
 }
 
 }  // namespace flashdelta::cuda::segment

@@ -48,9 +48,16 @@ __device__ __forceinline__ Split split(float x, float y) {
 }
 
 // In global memory a transition is 128 rows of high parts, then of low parts, 256 bytes a row, whose 16-byte units are swapped by fours in
-// odd rows, so that eight lanes read from all banks. A boundary's state is in blocks of 16 columns, 128 rows of 64 bytes.
+// odd rows, so that eight lanes read from all banks.
 constexpr int kHalfRows = kHead / 2, kHalfBytes = kHalfRows * kPairs * 4, kBlockBytes = kHead * kScanColumns * 4;
 __host__ __device__ constexpr int transition_offset(int row, int pair) { return row * kPairs + (pair ^ ((row & 1) << 4)); }
+
+// A boundary's state is in blocks of 16 columns. Eight rows of a block are 512 bytes in an order in which a warp that holds the state, and
+// one that scans it, read and write from all banks: bits 1 and 2 of the row beside the three low ones of the column. Sums of offsets are
+// offsets where the bits of rows and columns are not the same.
+__host__ __device__ constexpr int boundary_offset(int row, int column) {
+  return (row >> 3) * 8 * kScanColumns | (row & 1) << 6 | (column >> 3 & 1) << 5 | (row >> 1 & 3) << 3 | (column & 7);
+}
 
 // A half's local state lies in two runs of 32 rows: the stage's holes, which stay zero, are between.
 constexpr int kRunBytes = kHalfRows / 2 * kScanColumns * 4, kRunStep = 2560;
@@ -60,8 +67,9 @@ template <class Ring>
 __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, Ring& ring, int barrier, int& done,
                                                 int half, int warp, int lane) {
   const int g = lane / 4, t = lane % 4, row = 16 * warp + g, pairs = 8 * (4 * half + warp) + g;  // row: within the half
+  const int place = boundary_offset(row, 2 * t);
   float* states = plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead + item.first * (kBlockBytes / 4) +
-                  (kHalfRows * half + row) * kScanColumns + 2 * t;
+                  kHalfRows * half * kScanColumns + place;
   const auto put = [&](int turn, const float (&sum)[2][4]) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -81,20 +89,22 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
     if (step == 1) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const float2 x = *reinterpret_cast<const float2*>(states + 8 * n),
-                     y = *reinterpret_cast<const float2*>(states + 8 * n + 8 * kScanColumns);
+        const float2 x = *reinterpret_cast<const float2*>(states + boundary_offset(0, 8 * n)),
+                     y = *reinterpret_cast<const float2*>(states + boundary_offset(8, 8 * n));
         sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
       }
       put(0, sum);
       device::named_sync(barrier, 256);
     }
-    const unsigned char* local = ring.local() + (row >= 32 ? kRunStep - kRunBytes : 0) + row * kScanColumns * 4 + 8 * t;
+    const unsigned char* local = ring.local() + (row >= 32 ? kRunStep - kRunBytes : 0) + place * 4;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(local + 32 * n),
-                   y = *reinterpret_cast<const float2*>(local + 32 * n + 8 * kScanColumns * 4);
+      const float2 x = *reinterpret_cast<const float2*>(local + boundary_offset(0, 8 * n) * 4),
+                   y = *reinterpret_cast<const float2*>(local + boundary_offset(8, 8 * n) * 4);
       sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
     }
+    // Sums of their own for the three products: a chain of dependent products a third as long.
+    float low_high[2][4] = {}, high_low[2][4] = {};
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const int at = transition_offset(row, 16 * b + 4 * t) * 4;
@@ -108,13 +118,18 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       for (int n = 0; n < 2; ++n) {
         const uint4 x = *reinterpret_cast<const uint4*>(&s.high[turn][8 * n + g][16 * b + 4 * t]);
         const uint4 y = *reinterpret_cast<const uint4*>(&s.low[turn][8 * n + g][16 * b + 4 * t]);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], l0, x.x, x.y);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], h0, y.x, y.y);
+        device::mma_16x8x16<Operand::bf16, false>(low_high[n], l0, x.x, x.y);
+        device::mma_16x8x16<Operand::bf16, false>(high_low[n], h0, y.x, y.y);
         device::mma_16x8x16<Operand::bf16, false>(sum[n], h0, x.x, x.y);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], l1, x.z, x.w);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, y.z, y.w);
+        device::mma_16x8x16<Operand::bf16, false>(low_high[n], l1, x.z, x.w);
+        device::mma_16x8x16<Operand::bf16, false>(high_low[n], h1, y.z, y.w);
         device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, x.z, x.w);
       }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[n][e] += low_high[n][e] + high_low[n][e];
     }
     ring.release();
     if (half == 0) ring.release();
@@ -122,8 +137,8 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
     float* to = states + static_cast<std::int64_t>(step) * kHead * kHead;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      *reinterpret_cast<float2*>(to + 8 * n) = make_float2(sum[n][0], sum[n][1]);
-      *reinterpret_cast<float2*>(to + 8 * n + 8 * kScanColumns) = make_float2(sum[n][2], sum[n][3]);
+      *reinterpret_cast<float2*>(to + boundary_offset(0, 8 * n)) = make_float2(sum[n][0], sum[n][1]);
+      *reinterpret_cast<float2*>(to + boundary_offset(8, 8 * n)) = make_float2(sum[n][2], sum[n][3]);
     }
     device::named_sync(barrier, 256);
     device::count_up_if(done, half == 0 && warp == 0 && lane == 0);

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/segment/alike_sm90.cuh"
 #include "cuda/segment/plan_sm90.cuh"
 
 namespace flashdelta::cuda::segment {
@@ -34,7 +35,8 @@ cudaError_t launch(const Arguments& arguments, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, plan_kernel, arguments);
+  const bool alike = arguments.mode != Mode::off && (arguments.forced > 0 || arguments.fixed);
+  return cudaLaunchKernelEx(&config, alike ? plan_alike_kernel : plan_kernel, arguments);
 }
 
 }  // namespace flashdelta::cuda::segment
