@@ -256,8 +256,9 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           const uint64_t k = device::describe_rows_128(s.k[at][0]);
           const float decay = s.decay[at];
           uint32_t V16[16], X16[16];
-          load_values(V16);
-          if (!values) {
+          if (values) {
+            load_values(V16);
+          } else {
 #pragma unroll
             for (int i = 0; i < 16; ++i) V16[i] = 0;
           }

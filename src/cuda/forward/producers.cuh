@@ -86,10 +86,13 @@ __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, 
   const auto* transitions =
       reinterpret_cast<const unsigned char*>(a.plan.transitions + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead);
   segment::wait_for_count(&a.plan.arrived[item.from_boundary], kArrivalsWhole);
+  int known = 0;  // steps whose transition and local state are there
 #pragma unroll 1
   for (int step = 1; step <= item.scan_steps; ++step) {
-    segment::wait_for_count(&a.plan.arrived[item.from_boundary + step], kArrivalsParts);
-    device::fence_global_to_async();
+    if (step > known) {
+      known += segment::wait_for_counts(&a.plan.arrived[item.from_boundary + step], item.scan_steps + 1 - step, kArrivalsParts);
+      device::fence_global_to_async();
+    }
     states += kHead * kHead * 4, transitions += kHead * kHead * 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -123,7 +126,7 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
   };
   int ahead = -1;  // chunk at which the next item is claimed; -1: now
 #pragma unroll 1
-  for (int at = 0, parity = 0;; at = (at + 1) % kWorkRing, parity ^= at == 0 ? 1 : 0) {
+  for (int at = 0;; at = (at + 1) % kWorkRing) {
     if (ahead < 0) claim();
     const Work& work = s.work[at];
     const int chunks = work.item.chunks;
@@ -138,10 +141,7 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
     const unsigned char* record = a.records + (static_cast<std::int64_t>(work.slot + first) * a.HV + work.item.head) * bytes;
     // Late enough that free multiprocessors take what is left, early enough that the next item's state and tiles are there in time.
     ahead = chunks == 0 ? -1 : max(0, chunks - kClaimAhead);
-    if (chunks == 0 && work.item.scan_steps > 0) {
-      load_transitions(a, s, work.item, stage);
-      device::barrier_wait(s.item_empty[at], parity);  // others shall have the next scan
-    }
+    if (work.item.scan_steps > 0) load_transitions(a, s, work.item, stage);
     if (work.staged != Staged::no) {
       if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
       Barrier& loaded = s.loaded[stage.at];

@@ -21,6 +21,8 @@ constexpr float kScanItem = 2.F, kScanStep = 0.7F;
 // A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
 constexpr float kFirstShare = kStateOnly;
 
+// Dependents of a pair up to which its scan counts as short.
+constexpr int kShortScan = 4;
 // Shortest piece worth a cut, in chunks.
 constexpr int kShortest = 2;
 // Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.

@@ -10,15 +10,17 @@ struct alignas(16) Pair {
   int sequence, head, chunks, slot;  // slot: number of the sequence's first chunk
 };
 
-// Tickets: firsts, parts, pieces of the line for multiprocessors without a part, scans, the other pieces, dependents.
+// Tickets: firsts, parts, pieces of the line for multiprocessors without a part, scans, the other pieces and dependents in either order.
 struct Tickets {
   int firsts, parts, early_pieces, scans, late_pieces, dependents;
+  // Behind short scans dependents are soon ready, and longer than pieces; behind long ones they would wait while pieces could be done.
+  bool late_last;
   __device__ int part() const { return firsts; }
   __device__ int early() const { return part() + parts; }
   __device__ int scan() const { return early() + early_pieces; }
-  __device__ int late() const { return scan() + scans; }
-  __device__ int dependent() const { return late() + late_pieces; }
-  __device__ int count() const { return dependent() + dependents; }
+  __device__ int late() const { return scan() + scans + (late_last ? dependents : 0); }
+  __device__ int dependent() const { return scan() + scans + (late_last ? 0 : late_pieces); }
+  __device__ int count() const { return scan() + scans + late_pieces + dependents; }
 };
 
 // One segment of a pair with its surroundings.

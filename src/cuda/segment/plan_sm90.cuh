@@ -235,6 +235,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       const int over = running - static_cast<int>((running + 0.5F) * device::reciprocal(static_cast<float>(P))) * P;
       t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
       t.late_pieces = pieces - t.early_pieces;
+      t.late_last = t.dependents <= kShortScan * line.exact;
       numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
     }
 #pragma unroll 1

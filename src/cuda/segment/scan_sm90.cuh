@@ -5,7 +5,7 @@
 // in a thread is then, packed, what the next product wants, and a transition's registers pack without a shuffle.
 //
 // A step needs 64 KB of transition, which threads would wait for 2 us. So it comes through the chunk loop's stages, half a transition a
-// stage: rows 0..63 for the first consumer, 64..127 for the second.
+// stage: rows 0..63 for the first consumer, 64..127 for the second; and from there into registers a step ahead.
 #pragma once
 
 #include "cuda/device/barrier.cuh"
@@ -30,6 +30,28 @@ __device__ __forceinline__ void wait_for_count(const std::int32_t* count, int wa
   for (;;) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
     if (now >= wanted) return;
+    __nanosleep(40);
+  }
+}
+// Of `count` counts one behind the other, how many of the first have what is wanted, once the first of them has.
+__device__ __forceinline__ int wait_for_counts(const std::int32_t* counts, int count, int wanted) {
+  constexpr int kAtOnce = 4;
+  for (;;) {
+    std::int32_t now[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      now[i] = 0;
+      if (i < count) asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now[i]) : "l"(counts + i) : "memory");
+    }
+    int there = 0;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (there == i && now[i] >= wanted) ++there;
+    }
+    if (there > 0) {
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      return there;
+    }
     __nanosleep(40);
   }
 }
@@ -80,22 +102,12 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       }
     }
   };
-#pragma unroll 1
-  for (int step = 1; step <= item.scan_steps; ++step) {
-    const int turn = (step - 1) & 1;
-    float sum[2][4];
+  // Of the step that comes next, in registers since the step before: so its stages are free while that one ends.
+  uint4 high[4][2], low[4][2];
+  float sum[2][4];
+  const auto load = [&] {
     if (half == 1) ring.release();
     ring.wait();
-    if (step == 1) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const float2 x = *reinterpret_cast<const float2*>(states + boundary_offset(0, 8 * n)),
-                     y = *reinterpret_cast<const float2*>(states + boundary_offset(8, 8 * n));
-        sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
-      }
-      put(0, sum);
-      device::named_sync(barrier, 256);
-    }
     const unsigned char* local = ring.local() + (row >= 32 ? kRunStep - kRunBytes : 0) + place * 4;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -103,17 +115,40 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
                    y = *reinterpret_cast<const float2*>(local + boundary_offset(8, 8 * n) * 4);
       sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
     }
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = transition_offset(row, 16 * b + 4 * t) * 4 + e * 8 * kPairs * 4;
+        high[b][e] = *reinterpret_cast<const uint4*>(ring.high() + at), low[b][e] = *reinterpret_cast<const uint4*>(ring.low() + at);
+      }
+    }
+    ring.release();
+    if (half == 0) ring.release();
+  };
+  load();
+  {
+    float first[2][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float2 x = *reinterpret_cast<const float2*>(states + boundary_offset(0, 8 * n)),
+                   y = *reinterpret_cast<const float2*>(states + boundary_offset(8, 8 * n));
+      first[n][0] = x.x, first[n][1] = x.y, first[n][2] = y.x, first[n][3] = y.y;
+    }
+    put(0, first);
+    device::named_sync(barrier, 256);
+  }
+#pragma unroll 1
+  for (int step = 1; step <= item.scan_steps; ++step) {
+    const int turn = (step - 1) & 1;
     // Sums of their own for the three products: a chain of dependent products a third as long.
     float low_high[2][4] = {}, high_low[2][4] = {};
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      const int at = transition_offset(row, 16 * b + 4 * t) * 4;
-      const uint4 high0 = *reinterpret_cast<const uint4*>(ring.high() + at),
-                  high8 = *reinterpret_cast<const uint4*>(ring.high() + at + 8 * kPairs * 4);
-      const uint4 low0 = *reinterpret_cast<const uint4*>(ring.low() + at),
-                  low8 = *reinterpret_cast<const uint4*>(ring.low() + at + 8 * kPairs * 4);
-      const uint32_t h0[4] = {high0.x, high8.x, high0.y, high8.y}, h1[4] = {high0.z, high8.z, high0.w, high8.w};
-      const uint32_t l0[4] = {low0.x, low8.x, low0.y, low8.y}, l1[4] = {low0.z, low8.z, low0.w, low8.w};
+      const uint32_t h0[4] = {high[b][0].x, high[b][1].x, high[b][0].y, high[b][1].y};
+      const uint32_t h1[4] = {high[b][0].z, high[b][1].z, high[b][0].w, high[b][1].w};
+      const uint32_t l0[4] = {low[b][0].x, low[b][1].x, low[b][0].y, low[b][1].y};
+      const uint32_t l1[4] = {low[b][0].z, low[b][1].z, low[b][0].w, low[b][1].w};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint4 x = *reinterpret_cast<const uint4*>(&s.high[turn][8 * n + g][16 * b + 4 * t]);
@@ -131,8 +166,6 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[n][e] += low_high[n][e] + high_low[n][e];
     }
-    ring.release();
-    if (half == 0) ring.release();
     put(turn ^ 1, sum);
     float* to = states + static_cast<std::int64_t>(step) * kHead * kHead;
 #pragma unroll
@@ -140,6 +173,7 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       *reinterpret_cast<float2*>(to + boundary_offset(0, 8 * n)) = make_float2(sum[n][0], sum[n][1]);
       *reinterpret_cast<float2*>(to + boundary_offset(8, 8 * n)) = make_float2(sum[n][2], sum[n][3]);
     }
+    if (step < item.scan_steps) load();
     device::named_sync(barrier, 256);
     device::count_up_if(done, half == 0 && warp == 0 && lane == 0);
   }
