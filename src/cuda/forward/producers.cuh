@@ -176,6 +176,7 @@ __device__ __forceinline__ void announce_steps(const Arguments& a, Shared& s, co
 #pragma unroll 1
   for (int step = 1; step <= item.scan_steps; ++step) {
     while (device::count(s.scanned) == s.announced) __nanosleep(20);
+    device::fence_global_to_async();  // copies read what it tells of
     segment::add_to_count(&a.plan.scanned[item.from_boundary + step]);
     s.announced = s.announced + 1;
   }
