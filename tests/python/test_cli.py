@@ -56,6 +56,11 @@ class TestCommandLine:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["version"] == flashdelta.info()["version"]
 
+    def test_runs_as_a_module(self):
+        done = subprocess.run([sys.executable, "-m", "flashdelta", "--version"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert flashdelta.info()["version"] in done.stdout
+
     @pytest.mark.parametrize("command", [[], ["info"], ["demo"], ["verify"], ["bench"], ["run"]])
     def test_help_is_given_and_succeeds(self, command, capsys):
         assert main([*command, "--help"]) == 0
