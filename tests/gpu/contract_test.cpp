@@ -140,6 +140,20 @@ std::vector<Case> values(const std::vector<std::pair<const char*, Keys>>& keys) 
   return cases;
 }
 
+std::vector<Case> similar_keys() {
+  std::vector<Case> cases;
+  const std::pair<const char*, Keys> keys[] = {{"Similar", Keys::similar}, {"Alike", Keys::alike}};
+  const std::pair<const char*, Gate> gates[] = {{"Gate0", Gate::zero}, {"GatesRandom", Gate::random}};
+  for (const auto& [keys_name, key] : keys) {
+    for (const auto& [gate_name, gate] : gates) {
+      for (const std::int64_t T : {15, 64, 190}) {
+        add(cases, {.name = std::string(keys_name) + gate_name + "T" + number(T), .T = T, .HV = 8, .gate = gate, .keys = key});
+      }
+    }
+  }
+  return cases;
+}
+
 // Every pair of dtypes of the gates and of the states, in both layouts of the states.
 std::vector<Case> dtypes() {
   std::vector<Case> cases;
@@ -175,6 +189,8 @@ INSTANTIATE_TEST_SUITE_P(Values, CudaContract, ::testing::ValuesIn(values({{"Uni
 // Keys that are equal or nearly so make (I + L)^-1 large, and what is summed cancel: the hardest case for 16-bit operands.
 INSTANTIATE_TEST_SUITE_P(CorrelatedKeys, CudaContract,
                          ::testing::ValuesIn(values({{"RepeatedKeys", Keys::repeated}, {"CloseKeys", Keys::close}})), name_of);
+// Between those and unlike ones: where chunks begin to be taken token by token. Few tokens, whose mean error is not yet that of many.
+INSTANTIATE_TEST_SUITE_P(SimilarKeys, CudaContract, ::testing::ValuesIn(similar_keys()), name_of);
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaContract, ::testing::ValuesIn(dtypes()), name_of);
 
 // recurrent_forward is the same rule for a few tokens: decode.

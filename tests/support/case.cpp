@@ -35,7 +35,11 @@ HostTensor make_keys(const Case& c, Random& random) {
   HostTensor k(c.dtype, shape);
   k.fill(0);
   if (c.keys == Keys::zero) return k;
-  const double shared = c.keys == Keys::repeated ? 1 : c.keys == Keys::close ? std::sqrt(0.99) : 0;
+  const double shared = c.keys == Keys::repeated  ? 1
+                        : c.keys == Keys::close   ? std::sqrt(0.99)
+                        : c.keys == Keys::similar ? std::sqrt(0.9)
+                        : c.keys == Keys::alike   ? std::sqrt(0.65)
+                                                  : 0;
   const std::vector<double> direction = unit_vector(c.K, random);
   for (std::int64_t row = 0; row < c.B * c.T * c.H; ++row) {
     const std::vector<double> own = unit_vector(c.K, random);

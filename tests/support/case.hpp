@@ -30,6 +30,8 @@ enum class Keys {
   zero,      //
   repeated,  // one unit vector at every token
   close,     // unit vectors of cosine 0.99 to one another
+  similar,   // of cosine 0.9
+  alike,     // of cosine 0.65
 };
 
 struct Case {

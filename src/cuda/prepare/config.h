@@ -15,11 +15,12 @@ constexpr float kSplitAbove = 1.1F;
 // on 512 tokens, a quarter of the heads without gate (error of o): bf16, contract 5e-3: beta 1 with cosine 0 / 0.7 / 0.9: 4.1e-3 / 4.7e-3
 // / 5.4e-3; beta 0.5 with cosine 0.9 / 0.99: 4.6e-3 / 6.3e-3; beta 1.5, cosine 0: 5.1e-3. fp16, contract 1e-3: beta 1 with cosine 0 / 0.5 /
 // 0.9: 5.4e-4 / 9.2e-4 / 1.2e-3; beta 2, cosine 0: 1.03e-3. final_state, contract 4e-3, bf16 without any gate: beta 1: 4.1e-3, beta uniform
-// in 0..2: 4.5e-3.
+// in 0..2: 4.5e-3. Beta uniform in 0..1, no gate, 16 to 192 tokens (emulated), cosine 0.6 / 0.7 / 0.8: o 4.9e-3 / 5.1e-3 / 5.9e-3, state
+// 3.4e-3 / 3.8e-3 / 4.4e-3; beta 0.5: o 4.4e-3 / 5.0e-3 / 5.1e-3.
 struct Hardness {
   float beta_square, lasting, ratio, ratio_alone;
 };
-constexpr Hardness kHardBf16{0.57F, 0.8F, 0.69F, 0.85F};
+constexpr Hardness kHardBf16{0.57F, 0.8F, 1.9F, 0.5F};
 constexpr Hardness kHardF16{0.35F, 0.F, 2.F, 0.5F};
 // The ratio says nothing where all of L is small: below this sum of squares of what weighs it.
 constexpr float kSmallestWeight = 0.5F;
