@@ -247,44 +247,52 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         wait_for_chunk();
         return same ? device::load_shared_int(&s.t[stage.at].tail.hard) : 1;
       };
+      // U of the chunk at hand, issued and committed last; S decayed, and as it was before in S16. Both arrays are read until it is
+      // awaited.
+      const auto update_values = [&](uint32_t (&S16)[32], uint32_t (&X16)[16], float2(&factor)[8], bool with_values) {
+        const int at = stage.at;
+        const uint64_t k = device::describe_rows_128(s.k[at][0]);
+        const float decay = s.decay[at];
+        // Loads stand before products: behind them they would wait until the last product has begun.
+        uint32_t V16[16];
+        if (with_values) {
+          load_values(V16);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) V16[i] = 0;
+        }
+        float4 solve[8];
+        load_solve(solve, s.solve[at]);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
+        device::named_sync(kTurnBarrier + w, 256);
+        device::wgmma_fence();
+        multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
+        device::wgmma_commit();
+        // Waits for nothing, but ptxas must see that S is free while the product runs.
+        device::wgmma_wait<1>();
+        device::hold(S);
+#pragma unroll
+        for (int i = 0; i < 64; ++i) S[i] *= decay;
+        device::hold(S);
+        device::wgmma_wait<0>();
+        device::hold(U);
+        solve_for<Type>(X16, U, V16, solve);
+        device::barrier_wait(s.p_made[at], stage.parity);
+        load_factors(factor, s.write[at]);
+        device::wgmma_fence();
+        multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
+        device::wgmma_commit();
+      };
       int stop = 0;
       if (!full) {  // the state alone; a branch further down would cross products in flight, which ptxas then serialises
         const int end = min(chunks, item.warm);
 #pragma unroll 1
         while (stop == 0) {
           const int at = stage.at;
-          const uint64_t k = device::describe_rows_128(s.k[at][0]);
-          const float decay = s.decay[at];
-          uint32_t V16[16], X16[16];
-          if (values) {
-            load_values(V16);
-          } else {
-#pragma unroll
-            for (int i = 0; i < 16; ++i) V16[i] = 0;
-          }
-          float4 solve[8];
-          load_solve(solve, s.solve[at]);
-          uint32_t S16[32];
-#pragma unroll
-          for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-          device::named_sync(kTurnBarrier + w, 256);
-          device::wgmma_fence();
-          multiply_tile<Type>(U, S16, k);
-          device::wgmma_commit();
-          device::wgmma_wait<1>();
-          device::hold(S);
-#pragma unroll
-          for (int i = 0; i < 64; ++i) S[i] *= decay;
-          device::hold(S);
-          device::wgmma_wait<0>();
-          device::hold(U);
-          solve_for<Type>(X16, U, V16, solve);
-          device::barrier_wait(s.p_made[at], stage.parity);
+          uint32_t S16[32], X16[16];
           float2 factor[8];
-          load_factors(factor, s.write[at]);
-          device::wgmma_fence();
-          multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));
-          device::wgmma_commit();
+          update_values(S16, X16, factor, values);
           device::named_arrive(kTurnBarrier + 1 - w, 256);
           if (values) replaced(v_stage.at);
           device::wgmma_wait<0>();
@@ -302,35 +310,10 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
 #pragma unroll 1
       while (stop == 0) {
         const int at = stage.at;
-        const uint64_t k = device::describe_rows_128(s.k[at][0]), q = device::describe_rows_128(s.q[at][0]);
-        const float decay = s.decay[at];
-        // Loads stand before products: behind them they would wait until the last product has begun.
-        uint32_t V16[16], X16[16];
-        load_values(V16);
-        float4 solve[8];
-        load_solve(solve, s.solve[at]);
-        uint32_t S16[32];
-#pragma unroll
-        for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-        device::named_sync(kTurnBarrier + w, 256);
-        device::wgmma_fence();
-        multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
-        device::wgmma_commit();
-        // Waits for nothing, but ptxas must see that S is free while the product runs.
-        device::wgmma_wait<1>();
-        device::hold(S);
-#pragma unroll
-        for (int i = 0; i < 64; ++i) S[i] *= decay;
-        device::hold(S);
-        device::wgmma_wait<0>();
-        device::hold(U);
-        solve_for<Type>(X16, U, V16, solve);
-        device::barrier_wait(s.p_made[at], stage.parity);
+        const uint64_t q = device::describe_rows_128(s.q[at][0]);
+        uint32_t S16[32], X16[16];
         float2 factor[8], out_factor[8];
-        load_factors(factor, s.write[at]);
-        device::wgmma_fence();
-        multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T
-        device::wgmma_commit();
+        update_values(S16, X16, factor, true);
         multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
         device::wgmma_commit();
         device::named_arrive(kTurnBarrier + 1 - w, 256);
