@@ -73,15 +73,21 @@ bool overlap(const op::Tensor& a, const op::Tensor& b) {
 struct Layout {
   std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
   std::int64_t states = 0, transitions = 0, records = 0, size = 0;
+  segment::Mode mode = segment::Mode::off;
   segment::Room room;
+  bool overwrites_initial = false;  // final_state may, while another item still reads
 };
 
 Layout layout_of(const Problem& p) {
   const auto aligned = [](std::int64_t at) { return (at + 127) / 128 * 128; };
+  const std::int64_t numbers = chunk_numbers(p);
   Layout layout;
+  layout.mode = mode_of(p);
+  const bool cuts = layout.mode != segment::Mode::off;
+  layout.overwrites_initial = cuts && overlap(p.initial_state, p.final_state);
   layout.maps = aligned(layout.counter + sizeof(int));
   const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
-  layout.room = segment::room_of(p.N * p.HV, chunk_numbers(p), p.HV, mode_of(p), p.batch_invariant, p.num_segments);
+  layout.room = segment::room_of(p.N * p.HV, numbers, p.HV, layout.mode, p.batch_invariant, p.num_segments);
   const std::int64_t counts = layout.room.boundaries * 4, boundary = layout.room.boundaries * kHead * kHead * 4;
   layout.header = aligned(layout.maps + maps);
   layout.items = aligned(layout.header + static_cast<std::int64_t>(sizeof(PlanHeader)));
@@ -89,14 +95,11 @@ Layout layout_of(const Problem& p) {
   layout.scanned = aligned(layout.arrived + counts);
   layout.warm = aligned(layout.scanned + counts);
   layout.initial_read = aligned(layout.warm + counts);
-  layout.bounds =
-      aligned(layout.initial_read + (mode_of(p) != segment::Mode::off && overlap(p.initial_state, p.final_state) ? p.N * p.HV * 4 : 0) +
-              kForgottenGroup);
-  layout.states =
-      aligned(layout.bounds + (mode_of(p) == segment::Mode::off ? 0 : forgotten_row(static_cast<int>(chunk_numbers(p))) * p.HV));
+  layout.bounds = aligned(layout.initial_read + (layout.overwrites_initial ? p.N * p.HV * 4 : 0) + kForgottenGroup);
+  layout.states = aligned(layout.bounds + (cuts ? forgotten_row(static_cast<int>(numbers)) * p.HV : 0));
   layout.transitions = aligned(layout.states + boundary);
   layout.records = aligned(layout.transitions + boundary);
-  layout.size = layout.records + chunk_numbers(p) * p.HV * record_bytes(p.qk_l2norm) + 64;
+  layout.size = layout.records + numbers * p.HV * record_bytes(p.qk_l2norm) + 64;
   return layout;
 }
 
@@ -225,7 +228,7 @@ void chunk_forward(const Problem& p) {
   prepared.saved_states = states(p.saved_states);
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
-  const segment::Mode mode = mode_of(p);
+  const segment::Mode mode = layout.mode;
   prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
 
@@ -237,7 +240,7 @@ void chunk_forward(const Problem& p) {
     plan.arrived = at(layout.arrived), plan.scanned = at(layout.scanned), plan.warm = at(layout.warm);
     plan.states = reinterpret_cast<float*>(base + layout.states);
     plan.transitions = reinterpret_cast<std::uint32_t*>(base + layout.transitions);
-    plan.initial_read = mode != segment::Mode::off && overlap(p.initial_state, p.final_state) ? at(layout.initial_read) : nullptr;
+    plan.initial_read = layout.overwrites_initial ? at(layout.initial_read) : nullptr;
   }
   if (plan.header != nullptr) {
     segment::Arguments planned{};
