@@ -19,8 +19,8 @@ def gpu_source_hash(root: Path = ROOT) -> str:
     """Hex SHA-256 over (path, length, content) of every hashed file below `root`."""
     paths = [path.relative_to(root) for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file()]
     # Editors' and systems' leftovers are no sources; they start with a dot or end with a tilde.
-    hidden = [p for p in paths if any(part.startswith(".") or part.endswith("~") for part in p.parts)]
-    names = sorted(p.as_posix() for p in paths if p not in hidden and p.suffix != ".md")
+    sources = (p for p in paths if p.suffix != ".md" and not any(part.startswith(".") or part.endswith("~") for part in p.parts))
+    names = sorted(p.as_posix() for p in sources)
     digest = hashlib.sha256()
     for name in names:
         if name == RECORD:

@@ -1,7 +1,7 @@
 """Torch tensors: the operators flashdelta::*, their fake kernels and gradients, and the calls into the library through tvm-ffi.
 
-Imported on the first call that gets a torch tensor. Operators return fixed tuples, so a tensor that is not wanted is an empty one.
-``options`` is ``Options.integers``.
+Imported with the package where torch is loaded, else on the first call that gets a torch tensor. Operators return fixed tuples, so a tensor
+that is not wanted is an empty one. ``options`` is ``Options.integers``.
 """
 
 from __future__ import annotations

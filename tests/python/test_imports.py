@@ -37,6 +37,17 @@ def test_a_torch_argument_after_numpy_use_works(run_python):
     )
 
 
+def test_operators_are_there_from_the_start_where_torch_is_loaded(run_python):
+    pytest.importorskip("torch")
+    program = "import sys, torch, flashdelta; print('flashdelta._torch' in sys.modules, hasattr(torch.ops.flashdelta, 'chunk_forward'))"
+    assert run_python(program).split() == ["True", "True"]
+
+
+def test_package_imports_where_torch_is_loaded_and_the_library_is_missing(run_python):
+    pytest.importorskip("torch")
+    run_python("import torch, flashdelta", FLASHDELTA_LIBRARY=os.path.join(os.sep, "nowhere", "libflashdelta_ffi.so"))
+
+
 def test_missing_library_is_an_import_error_that_says_what_to_do(run_python):
     program = """
 import flashdelta
