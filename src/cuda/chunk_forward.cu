@@ -198,10 +198,10 @@ void chunk_forward(const Problem& p) {
   // Without tokens there is no tensor to map, and no kernel uses a map.
   CUtensorMap maps[kMaps] = {};
   if (p.B * p.T > 0) {
-    maps[kMapQ] = make_tensor_map(p.q, "q");
-    maps[kMapK] = make_tensor_map(p.k, "k");
-    maps[kMapV] = make_tensor_map(p.v, "v");
-    maps[kMapO] = make_tensor_map(p.o, "o");
+    maps[kMapQ] = make_tensor_map(p.q, kTiles, "q");
+    maps[kMapK] = make_tensor_map(p.k, kTiles, "k");
+    maps[kMapV] = make_tensor_map(p.v, 1, "v");
+    maps[kMapO] = make_tensor_map(p.o, 1, "o");
   }
   prepare::Arguments prepared{};
   prepared.sequences = sequences;
@@ -273,6 +273,7 @@ void chunk_forward(const Problem& p) {
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
   arguments.initial_staged = has_state_map(p.initial_state);
+  arguments.halves = plan.header == nullptr && !std::getenv("FD_WHOLE") && kTiles * p.N * p.HV <= count;
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};

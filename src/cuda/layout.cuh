@@ -15,6 +15,8 @@ constexpr int kHead = 128;  // K and V
 // A state comes in pieces of 32 columns, 128 bytes of float32 a row.
 constexpr int kPieceColumns = 32, kPieceBytes = kPieceColumns * kHead * 4;
 constexpr int kTile = 64;  // channels of a shared-memory tile: 128 bytes, the widest swizzle
+constexpr int kTiles = kHead / kTile;
+constexpr int kTileBytes = kChunk * kTile * 2;
 constexpr float kLog2e = 1.4426950408889634F;
 
 // A log gate below this forgets everything in float32 (exp(-128) is less than half its smallest number), and -inf would leave inf - inf

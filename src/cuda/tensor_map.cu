@@ -38,14 +38,14 @@ const Encode& encoder() {
 
 }  // namespace
 
-CUtensorMap make_tensor_map(const op::Tensor& tensor, const char* name) {
+CUtensorMap make_tensor_map(const op::Tensor& tensor, int tiles, const char* name) {
   const auto bytes = op::size_of(tensor.dtype);
   // The stride of an axis of one place is never used, and may be anything.
   const auto stride = [&](int axis) { return static_cast<cuuint64_t>((tensor.shape[axis] == 1 ? kHead : tensor.stride[axis]) * bytes); };
   const auto size = [&](int axis) { return static_cast<cuuint64_t>(tensor.shape[axis]); };
   const cuuint64_t sizes[5] = {kTile, size(1), kHead / kTile, size(2), size(0)};
   const cuuint64_t strides[4] = {stride(1), static_cast<cuuint64_t>(kTile * bytes), stride(2), stride(0)};
-  const cuuint32_t box[5] = {kTile, kChunk, kHead / kTile, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
+  const cuuint32_t box[5] = {kTile, kChunk, static_cast<cuuint32_t>(tiles), 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   expect(encoder()(&map, tensor.dtype == op::DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
                    tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -7,10 +7,10 @@
 
 namespace flashdelta::cuda {
 
-// Boxes of 64 tokens of one head of one batch row, zero outside the tensor: two tiles of 64 channels one behind the other, each 128-byte
+// Boxes of 64 tokens of one head of one batch row, zero outside the tensor: `tiles` of 64 channels one behind the other, each 128-byte
 // swizzled. Axes: channel within a tile, token, tile, head, batch row, with the tensor's own strides. `name` is for the error. Throws
 // op::Error.
-CUtensorMap make_tensor_map(const op::Tensor& tensor, const char* name);
+CUtensorMap make_tensor_map(const op::Tensor& tensor, int tiles, const char* name);
 
 // Boxes of 32 columns and 128 rows of one state of [N, HV, 128, 128] float32 states, 128-byte swizzled. Rows are K where V is dense, else
 // V. Throws op::Error.

@@ -173,7 +173,7 @@ __device__ void load_one(unsigned char* tile, Barrier& full, const CUtensorMap* 
   __syncthreads();
   if (threadIdx.x == 0) {
     device::barrier_arrive_expect(full, kBoxBytes);
-    device::load_box(tile, map, full, at.head, at.token, at.row);
+    device::load_box(tile, map, full, 0, at.head, at.token, at.row);
   }
   device::barrier_wait(full, 0);
 }
@@ -182,7 +182,7 @@ __device__ void store_one(const unsigned char* from, const CUtensorMap* map, Box
   for (int i = threadIdx.x; i < kBoxBytes; i += kThreads) tile[i] = from[i];
   device::fence_shared_to_async();
   __syncthreads();
-  if (threadIdx.x == 0 && condition) device::store_box(map, tile, at.head, at.token, at.row);
+  if (threadIdx.x == 0 && condition) device::store_box(map, tile, 0, at.head, at.token, at.row);
   if (threadIdx.x == 0) device::wait_stores_done();
 }
 
@@ -233,7 +233,7 @@ class Tiled {
     tensor_.shape = {kRows, kTokens, kHeads, kChannels};
     tensor_.stride = {row_, token_, kChannels, 1};
   }
-  [[nodiscard]] CUtensorMap map() const { return cuda::make_tensor_map(tensor_, "x"); }
+  [[nodiscard]] CUtensorMap map() const { return cuda::make_tensor_map(tensor_, cuda::kTiles, "x"); }
   [[nodiscard]] std::int64_t offset(std::int64_t row, std::int64_t token, std::int64_t head, std::int64_t channel) const {
     return row * row_ + token * token_ + head * kChannels + channel;
   }

@@ -24,6 +24,12 @@ __device__ __forceinline__ void barrier_arrive_if(Barrier& b, bool condition) {
                "r"(static_cast<int>(condition))
                : "memory");
 }
+// As many arrivals at once.
+__device__ __forceinline__ void barrier_arrive_if(Barrier& b, int arrivals, bool condition) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0], %2;\n}" ::"r"(shared_address(&b)),
+               "r"(static_cast<int>(condition)), "r"(arrivals)
+               : "memory");
+}
 // One arrival that also announces `bytes` of copies into this phase.
 __device__ __forceinline__ void barrier_arrive_expect(Barrier& b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&b)), "r"(bytes) : "memory");
@@ -48,6 +54,16 @@ __device__ __forceinline__ void barrier_wait_long(Barrier& b, int parity) {
 // Named barriers 1..15 (0 is __syncthreads): `threads` counts those that wait and those that only arrive.
 __device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Predicated inside; all threads of a warp alike.
+__device__ __forceinline__ void named_sync_if(int id, int threads, bool condition) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p bar.sync %0, %1;\n}" ::"r"(id), "r"(threads), "r"(static_cast<int>(condition))
+               : "memory");
+}
+__device__ __forceinline__ void named_arrive_if(int id, int threads, bool condition) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p bar.arrive %0, %1;\n}" ::"r"(id), "r"(threads),
+               "r"(static_cast<int>(condition))
+               : "memory");
+}
 
 // A count in shared memory, with the order that a barrier has: what was written before it is counted up is seen by who sees the count.
 __device__ __forceinline__ void count_up_if(int& count, bool condition) {

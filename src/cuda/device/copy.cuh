@@ -18,26 +18,26 @@ __device__ __forceinline__ void fence_shared_to_async() { asm volatile("fence.pr
 // The same for global memory: on the writer's side before it tells, and on the reader's side after it was told.
 __device__ __forceinline__ void fence_global_to_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// A box of a (channel, token, tile, head, batch row) tensor, from its first channel on, into shared memory; `full` counts its bytes.
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int head, int token, int row) {
-  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], [%2];" ::"r"(
+// A box of a (channel, token, tile, head, batch row) tensor, from `tile` on, into shared memory; `full` counts its bytes.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int tile, int head, int token, int row) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
                    shared_address(to)),
-               "l"(map), "r"(shared_address(&full)), "r"(0), "r"(token), "r"(head), "r"(row)
+               "l"(map), "r"(shared_address(&full)), "r"(0), "r"(token), "r"(tile), "r"(head), "r"(row)
                : "memory");
 }
 // A box of a (column, row, head, sequence) tensor, from its first row on.
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int column, int row, int head, int sequence) {
+__device__ __forceinline__ void load_columns(void* to, const CUtensorMap* map, Barrier& full, int column, int row, int head, int sequence) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
                    shared_address(to)),
                "l"(map), "r"(shared_address(&full)), "r"(column), "r"(row), "r"(head), "r"(sequence)
                : "memory");
 }
 // A box backwards, and its own group.
-__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int head, int token, int row) {
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int tile, int head, int token, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %2, %4, %5}], [%1], %6;\n"
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], %7;\n"
       "cp.async.bulk.commit_group;" ::"l"(map),
-      "r"(shared_address(from)), "r"(0), "r"(token), "r"(head), "r"(row), "l"(kEvictFirst)
+      "r"(shared_address(from)), "r"(0), "r"(token), "r"(tile), "r"(head), "r"(row), "l"(kEvictFirst)
       : "memory");
 }
 // `bytes` (a multiple of 16) as they lie.

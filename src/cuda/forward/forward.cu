@@ -11,7 +11,7 @@ template <Operand Type>
 cudaError_t launch_as(const Arguments& arguments, const CUtensorMap* maps, const CUtensorMap& state_map, int multiprocessors,
                       cudaStream_t stream) {
   const auto kernel = forward_kernel<Type>;
-  const int items = arguments.sequences.N * arguments.HV;
+  const int items = arguments.sequences.N * arguments.HV * (arguments.halves ? kTiles : 1);
   if (items == 0) return cudaSuccess;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
       error != cudaSuccess) {

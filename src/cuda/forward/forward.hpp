@@ -21,6 +21,7 @@ struct Arguments {
   Plan plan;
   States initial_state, final_state, saved_states;
   bool initial_staged;  // initial_state has a tensor map
+  bool halves;          // without a plan: pairs are two items of 64 value columns each
   int checkpoint_chunks;
 };
 

@@ -188,6 +188,23 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
 #pragma unroll
     for (int i = 0; i < 4; ++i) device::load_matrices_transposed(to + 4 * i, from + i * 2048);
   };
+  // The stages of an item whose columns are the other consumer's.
+  const auto let_pass = [&](const Work& work) {
+    const int before = work.staged != Staged::no ? 1 : 0, stages = work.item.chunks + before, tiles = work.values() ? 1 : 0;
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) {
+      device::barrier_wait(s.made[stage.at], stage.parity);
+#pragma unroll 1
+      for (int tile = i < before ? 2 : tiles; tile > 0; --tile) {
+        device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+        replaced(v_stage.at);
+        v_stage.next();
+      }
+      __syncwarp();
+      device::barrier_arrive_if(s.released[stage.at], 32, lane == 0);
+      stage.next();
+    }
+  };
   if (w == 1) device::named_arrive(kTurnBarrier, 256);
 #pragma unroll 1
   for (;; works.done(s)) {
@@ -198,6 +215,10 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     if (item.scan_steps > 0) {
       ScanRing ring{s, stage};
       segment::scan_boundaries(a.plan, s.scan, item, ring, kScanBarrier, s.scanned, w, warp, lane);
+      continue;
+    }
+    if (!work.takes_part(w)) {
+      let_pass(work);
       continue;
     }
     if (work.staged == Staged::no) {
@@ -216,7 +237,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       stage.next(), v_stage.next();
     }
     tell_initial_read(a, item, w, warp == 0 && lane == 0);
-    const bool values = work.values();
+    const bool values = work.values(), turns = item.consumers == kBothConsumers;
     const auto wait_for_chunk = [&] { device::barrier_wait(s.made[stage.at], stage.parity); };
     if (chunks > 0) wait_for_chunk();
     // Runs of chunks of one kind have a loop of their own each: a jump over another kind's instructions takes a hundred cycles and more.
@@ -230,8 +251,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         store_state(S, a.saved_states, slot * a.saved_states.sequence + item.head * a.saved_states.head, first_row, lane);
       }
       if (s.t[at].tail.hard != 0) {
-        device::named_sync(kTurnBarrier + w, 256);
-        device::named_arrive(kTurnBarrier + 1 - w, 256);
+        device::named_sync_if(kTurnBarrier + w, 256, turns);
+        device::named_arrive_if(kTurnBarrier + 1 - w, 256, turns);
         device::barrier_wait(s.p_made[at], stage.parity);
         step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
         if (values) replaced(v_stage.at);
@@ -265,7 +286,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         load_solve(solve, s.solve[at]);
 #pragma unroll
         for (int i = 0; i < 32; ++i) S16[i] = device::pack_here<Type>(S[2 * i], S[2 * i + 1]);
-        device::named_sync(kTurnBarrier + w, 256);
+        device::named_sync_if(kTurnBarrier + w, 256, turns);
         device::wgmma_fence();
         multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
         device::wgmma_commit();
@@ -293,7 +314,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           uint32_t S16[32], X16[16];
           float2 factor[8];
           update_values(S16, X16, factor, values);
-          device::named_arrive(kTurnBarrier + 1 - w, 256);
+          device::named_arrive_if(kTurnBarrier + 1 - w, 256, turns);
           if (values) replaced(v_stage.at);
           device::wgmma_wait<0>();
           device::hold(U);
@@ -316,7 +337,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         update_values(S16, X16, factor, true);
         multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
         device::wgmma_commit();
-        device::named_arrive(kTurnBarrier + 1 - w, 256);
+        device::named_arrive_if(kTurnBarrier + 1 - w, 256, turns);
         device::wgmma_wait<1>();
         device::hold(U);
         load_factors(out_factor, s.out[at]);

@@ -15,11 +15,15 @@ __device__ __forceinline__ int tail_of(const Arguments& a, const Work& work) {
 // Hands out work: a plan's items ticket by ticket, then the (sequence, head) pairs that the plan leaves whole.
 struct Claims {
   int tickets = 0, longest_whole = 1 << 30, more = -1, first;
+  bool halves;  // pairs go out as two items of 64 value columns each
 
   __device__ __forceinline__ explicit Claims(const Arguments& a) {
     // Without a plan no item waits for another, and the first ticket may be the block's own.
     first = a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : -1;
-    if (a.plan.header != nullptr) tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole;
+    halves = a.halves;
+    if (a.plan.header != nullptr) {
+      tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole, halves = a.plan.header->halves != 0;
+    }
   }
   __device__ __forceinline__ int ticket(const Arguments& a) {
     if (first >= 0) {
@@ -30,20 +34,22 @@ struct Claims {
     return atomicAdd(a.counter, 1) + (a.plan.header == nullptr ? static_cast<int>(gridDim.x) : 0);
   }
   __device__ __forceinline__ void next(const Arguments& a, Work& to) {
-    int index = more, pair = 0;
+    int index = more, pair = 0, consumers = kBothConsumers;
     more = -1;
     if (index < 0) {
       do {
         const int mine = ticket(a);
         if (mine < tickets) index = mine;
         pair = mine - tickets;
+        if (halves) consumers = 1 << (pair & 1), pair >>= 1;
       } while (index < 0 && pair < a.sequences.N * a.HV && a.sequences.span(pair / a.HV).chunks() > longest_whole);
     }
     if (index >= 0) {
       to.item = a.plan.items[index];
       more = to.item.more;
     } else if (pair < a.sequences.N * a.HV) {
-      to.item = {pair / a.HV, pair % a.HV, 0, 0, a.sequences.span(pair / a.HV).chunks(), From::start, 0, To::final_state, 0, 0, -1, 0};
+      const int chunks = a.sequences.span(pair / a.HV).chunks();
+      to.item = {pair / a.HV, pair % a.HV, 0, 0, chunks, From::start, To::final_state, 0, 0, 0, -1, 0, consumers};
     } else {
       to.item.chunks = -1, to.item.scan_steps = 0, to.staged = Staged::no;
       return;
@@ -74,7 +80,7 @@ __device__ __forceinline__ void load_piece(const Arguments& a, const Work& work,
     const float* from = a.plan.states + static_cast<std::int64_t>(work.item.from_boundary) * kHead * kHead + piece * (kPieceBytes / 4);
     device::load_shared_bytes(to, from, kPieceBytes, loaded);
   } else {
-    device::load_box(to, map, loaded, piece * kPieceColumns, 0, work.item.head, work.item.sequence);
+    device::load_columns(to, map, loaded, piece * kPieceColumns, 0, work.item.head, work.item.sequence);
   }
 }
 
@@ -146,9 +152,13 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
       Barrier& loaded = s.loaded[stage.at];
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, 2 * kPieceBytes);
-      load_piece(a, work, map_state, 0, s.k[stage.at], loaded);
-      load_piece(a, work, map_state, 1, s.q[stage.at], loaded);
+      if (work.takes_part(0)) {
+        device::barrier_arrive_expect(loaded, 2 * kPieceBytes);
+        load_piece(a, work, map_state, 0, s.k[stage.at], loaded);
+        load_piece(a, work, map_state, 1, s.q[stage.at], loaded);
+      } else {
+        device::barrier_arrive(loaded);
+      }
       stage.next();
     }
 #pragma unroll 1
@@ -157,13 +167,13 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       Barrier& loaded = s.loaded[stage.at];
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
       device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
-      device::load_box(s.k[stage.at], c == tail ? bounded(a, work.item.sequence, kMapK) : map_k, loaded, key_head, token, row);
+      device::load_box(s.k[stage.at], c == tail ? bounded(a, work.item.sequence, kMapK) : map_k, loaded, 0, key_head, token, row);
       unsigned char* t = s.t[stage.at].panels;
       device::load_bytes(t, record, panel_offset(1), loaded);
       device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
       device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
       if (c >= warm) {
-        device::load_box(s.q[stage.at], c == tail ? bounded(a, work.item.sequence, kMapQ) : map_q, loaded, key_head, token, row);
+        device::load_box(s.q[stage.at], c == tail ? bounded(a, work.item.sequence, kMapQ) : map_q, loaded, 0, key_head, token, row);
       }
       record += record_step, token += kChunk;
       stage.next();
@@ -192,7 +202,10 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
     Output& to = s.output[stage.at];
     if (to.map == nullptr) return;
     device::fence_shared_to_async();  // in the consumers' place, whose time it would take
-    device::store_box(to.map, s.v[stage.at], to.head, to.token, to.row);
+#pragma unroll
+    for (int w = 0; w < kTiles; ++w) {
+      if ((to.consumers >> w & 1) != 0) device::store_box(to.map, s.v[stage.at][w], w, to.head, to.token, to.row);
+    }
     to.map = nullptr;
     device::wait_stores_read();
   };
@@ -207,22 +220,31 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
 #pragma unroll 1
     for (int piece = 2; piece < 4 && work.staged != Staged::no; ++piece) {
       store_output();
-      device::barrier_arrive_expect(s.v_loaded[stage.at], kPieceBytes);
-      load_piece(a, work, map_state, piece, s.v[stage.at], s.v_loaded[stage.at]);
+      if (work.takes_part(1)) {
+        device::barrier_arrive_expect(s.v_loaded[stage.at], kPieceBytes);
+        load_piece(a, work, map_state, piece, s.v[stage.at], s.v_loaded[stage.at]);
+      } else {
+        device::barrier_arrive(s.v_loaded[stage.at]);
+      }
       stage.next();
     }
     if (a.bounded_maps != nullptr && work.ragged()) {
       device::acquire_map(bounded(a, work.item.sequence, kMapV));
       device::acquire_map(bounded(a, work.item.sequence, kMapO));
     }
-    const int head = work.item.head, row = work.row, warm = work.item.warm, tail = tail_of(a, work);
+    const int head = work.item.head, row = work.row, warm = work.item.warm, consumers = work.item.consumers, tail = tail_of(a, work);
+    const int bytes = consumers == kBothConsumers ? kTiles * kTileBytes : kTileBytes;
     int token = work.token + work.item.first * kChunk;
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
       store_output();
-      device::barrier_arrive_expect(s.v_loaded[stage.at], kChunk * kHead * 2);
-      device::load_box(s.v[stage.at], c == tail ? bounded(a, work.item.sequence, kMapV) : map_v, s.v_loaded[stage.at], head, token, row);
-      if (c >= warm) s.output[stage.at] = {c == tail ? bounded(a, work.item.sequence, kMapO) : map_o, head, token, row};
+      device::barrier_arrive_expect(s.v_loaded[stage.at], bytes);
+      const CUtensorMap* map = c == tail ? bounded(a, work.item.sequence, kMapV) : map_v;
+#pragma unroll
+      for (int w = 0; w < kTiles; ++w) {
+        if ((consumers >> w & 1) != 0) device::load_box(s.v[stage.at][w], map, s.v_loaded[stage.at], w, head, token, row);
+      }
+      if (c >= warm) s.output[stage.at] = {c == tail ? bounded(a, work.item.sequence, kMapO) : map_o, consumers, head, token, row};
       token += kChunk;
       stage.next();
     }

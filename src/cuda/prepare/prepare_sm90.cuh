@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
   auto& derived = s.derived;
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);
-    device::load_box(s.k, &map_k, s.full, at.h, at.token, at.row);
+    device::load_box(s.k, &map_k, s.full, 0, at.h, at.token, at.row);
   };
   // Work items are (chunk number, key head), the head running fastest. Warp 0 finds their places and leaves them in shared memory; what all
   // warps kept in registers would not leave the inverse enough.

@@ -53,14 +53,15 @@ __device__ __forceinline__ void put(Item* items, int index, const Item& x) {
   static_assert(sizeof(Item) == 3 * sizeof(int4));
   int4* to = reinterpret_cast<int4*>(items + index);
   to[0] = make_int4(x.sequence, x.head, x.first, x.warm);
-  to[1] = make_int4(x.chunks, static_cast<int>(x.from), x.from_boundary, static_cast<int>(x.to));
-  to[2] = make_int4(x.to_boundary, x.scan_steps, x.more, x.from_scan);
+  to[1] = make_int4(x.chunks, static_cast<int>(x.from) | static_cast<int>(x.to) << 16, x.from_boundary, x.to_boundary);
+  to[2] = make_int4(x.scan_steps, x.more, x.from_scan, x.consumers);
 }
 
 // Items of one segment, at its numbers within each kind. One loop, so that there is one place that writes items.
 template <class WarmOf>
 __device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, WarmOf warm_of) {
-  Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, x.boundary, To::nowhere, x.boundary + 1, 0, -1, 0};
+  Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, To::nowhere, x.boundary, x.boundary + 1, 0, -1, 0,
+            kBothConsumers};
   if (x.last()) item.to = To::final_state;
   int index = 0, count = 1;
   if (x.dependent) {

@@ -10,8 +10,8 @@
 namespace flashdelta::cuda {
 
 // Where an item's state comes from and where it goes.
-enum class From : std::int32_t { start, zero, identity, boundary };  // start: the sequence's initial state
-enum class To : std::int32_t { nowhere, final_state, boundary, transition };
+enum class From : std::int16_t { start, zero, identity, boundary };  // start: the sequence's initial state
+enum class To : std::int16_t { nowhere, final_state, boundary, transition };
 
 // One value head of one sequence over chunks [first, first + chunks). The first `warm` of them only move the state on: they warm it up, or
 // make a segment's local state or its transition (from the identity, without values).
@@ -19,13 +19,14 @@ enum class To : std::int32_t { nowhere, final_state, boundary, transition };
 struct Item {
   std::int32_t sequence, head, first, warm, chunks;
   From from;
-  std::int32_t from_boundary;
   To to;
-  std::int32_t to_boundary;
+  std::int32_t from_boundary, to_boundary;
   std::int32_t scan_steps;
   std::int32_t more;       // the item to go on with, or -1
   std::int32_t from_scan;  // from_boundary's state is of the scan's making, not of one item's
+  std::int32_t consumers;  // bit w: value columns 64 w .. 64 w + 63
 };
+constexpr int kBothConsumers = 3;
 static_assert(sizeof(Item) == 48);
 
 constexpr int kScanColumns = 16;  // of a scan item
@@ -36,7 +37,7 @@ constexpr int kArrivalsWhole = 2, kArrivalsParts = 4;
 // A plan in the workspace. Tickets below `tickets` are items; those from there on are (sequence, head) pairs in order, of which the ones
 // of more than `longest_whole` chunks are in the items already.
 struct PlanHeader {
-  std::int32_t tickets, longest_whole;
+  std::int32_t tickets, longest_whole, halves;
 };
 
 struct Plan {

@@ -146,7 +146,7 @@ __device__ __forceinline__ void emit_line(const Arguments& a, Shared& s, const L
                                           bool counting) {
   const int i = threadIdx.x;
   int index = i < t.early_pieces ? t.early() + i : t.late() + i - t.early_pieces;
-  Item item{0, 0, 0, 0, 0, From::zero, 0, To::nowhere, 0, 0, -1, 0};
+  Item item{0, 0, 0, 0, 0, From::zero, To::nowhere, 0, 0, 0, -1, 0, kBothConsumers};
   const bool empty = begin.x > end.x || (begin.x == end.x && begin.y >= end.y);
   if (counting && !empty && warm > 0) atomicAdd(&s.figures[0], 1), atomicAdd(&s.figures[1], warm);
 #pragma unroll 1
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   }
   if (a.counts != nullptr) __syncthreads();
   if (threadIdx.x != 0) return;
-  *a.plan.header = {outcome.tickets, outcome.longest_whole};
+  *a.plan.header = {outcome.tickets, outcome.longest_whole, 0};
   if (a.counts == nullptr) return;
   const int warm = outcome.warm + s.figures[0];
   a.counts[0] = a.sequences.N * a.HV + warm + outcome.exact, a.counts[1] = warm, a.counts[2] = outcome.exact;
