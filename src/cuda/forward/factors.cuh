@@ -58,8 +58,10 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
       const float query = a.l2norm && work.full(chunk) ? a.scale * inverse_query_norm<Type>(s, at, token) : a.scale;
       s.query[at][token] = query;
       s.key[at][token] = key;
+      const float c = record.c[token];
+      s.column[at][token] = key * device::exp2_fast(record.c[token | 15] - c);
       device::barrier_arrive(s.normed[at]);
-      const float c = record.c[token], last = record.c[kChunk - 1], gamma = device::exp2_fast(c);
+      const float last = record.c[kChunk - 1], gamma = device::exp2_fast(c);
       const float beta = record.beta[token];
       auto* solve = reinterpret_cast<float*>(&s.solve[at][token / 2]) + token % 2;
       solve[0] = -gamma * (a.l2norm ? key : 1.F) * beta, solve[2] = beta;
@@ -79,20 +81,34 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
 
 // --- the auxiliary warpgroup: P
 
-// Blocks (warp, 0 .. Blocks - 1) of P = scale * lower(q k^T) * G, from the rows of q k^T that this warp holds.
+// Blocks (warp, 0 .. Blocks - 1) of P = scale * lower(q k^T) * G, from the rows of q k^T that this warp holds. Below the diagonal blocks
+// exp(c_i - c_j) is a product, with the sum of gates at the end of the block's columns between the two, so that no exponent is positive.
 template <Operand Type, int Blocks>
-__device__ __forceinline__ void make_p(const float (&A)[32], const float* c, const float* key, const float (&row_scale)[2], uint32_t to,
-                                       int warp, int lane) {
+__device__ __forceinline__ void make_p(const float (&A)[32], const float* c, const float* key, const float* column_scale,
+                                       const float (&row_scale)[2], uint32_t to, int lane) {
+  constexpr int warp = Blocks - 1;
   const int row = warp * 16 + lane / 4, column = 2 * (lane % 4);
   const float c0 = c[row], c1 = c[row + 8];
 #pragma unroll
-  for (int J = 0; J < Blocks; ++J) {
+  for (int J = 0; J < warp; ++J) {
+    const float r = c[16 * J + 15], scale0 = row_scale[0] * device::exp2_fast(c0 - r), scale1 = row_scale[1] * device::exp2_fast(c1 - r);
+    uint32_t packed[4];
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int e = 8 * J + 4 * v;
+      const float2 x = device::load_shared_pair(column_scale + 16 * J + 8 * v + column);
+      packed[2 * v] = device::pack<Type>(A[e] * x.x * scale0, A[e + 1] * x.y * scale0);
+      packed[2 * v + 1] = device::pack<Type>(A[e + 2] * x.x * scale1, A[e + 3] * x.y * scale1);
+    }
+    device::store_matrices(to + staged_panel(J), packed[0], packed[1], packed[2], packed[3]);
+  }
+  {
+    constexpr int J = warp;
     uint32_t packed[4];
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       const int j = 16 * J + 8 * v + column, e = 8 * J + 4 * v;
-      const float2 cj = *reinterpret_cast<const float2*>(c + j);
-      const float2 nj = *reinterpret_cast<const float2*>(key + j);
+      const float2 cj = device::load_shared_pair(c + j), nj = device::load_shared_pair(key + j);
       const float left0 = row_scale[0] * nj.x, right0 = row_scale[0] * nj.y, left1 = row_scale[1] * nj.x, right1 = row_scale[1] * nj.y;
       float p00 = A[e] * left0 * device::exp2_fast(c0 - cj.x), p01 = A[e + 1] * right0 * device::exp2_fast(c0 - cj.y);
       float p10 = A[e + 2] * left1 * device::exp2_fast(c1 - cj.x), p11 = A[e + 3] * right1 * device::exp2_fast(c1 - cj.y);
@@ -153,10 +169,10 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       device::hold(A);
       const int stored_row = warp * 16 + (lane & 15);
       const uint32_t to = device::shared_address(s.p[at]) + stored_row * 32 + (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
-      if (warp == 0) make_p<Type, 1>(A, c, s.key[at], row_scale, to, 0, lane);
-      if (warp == 1) make_p<Type, 2>(A, c, s.key[at], row_scale, to, 1, lane);
-      if (warp == 2) make_p<Type, 3>(A, c, s.key[at], row_scale, to, 2, lane);
-      if (warp == 3) make_p<Type, 4>(A, c, s.key[at], row_scale, to, 3, lane);
+      if (warp == 0) make_p<Type, 1>(A, c, s.key[at], s.column[at], row_scale, to, lane);
+      if (warp == 1) make_p<Type, 2>(A, c, s.key[at], s.column[at], row_scale, to, lane);
+      if (warp == 2) make_p<Type, 3>(A, c, s.key[at], s.column[at], row_scale, to, lane);
+      if (warp == 3) make_p<Type, 4>(A, c, s.key[at], s.column[at], row_scale, to, lane);
       device::fence_shared_to_async();
       device::barrier_arrive(s.p_made[at]);
       stage.next();

@@ -53,6 +53,7 @@ struct alignas(1024) Shared {
   float out[kStages][kChunk];         // gam * scale / |q|
   float query[kStages][kChunk];       // scale / |q|
   float key[kStages][kChunk];         // 1 / |k|
+  float column[kStages][kChunk];      // exp(r - c) / |k|, r the c of its sixteen tokens' last: P's columns below its diagonal blocks
   float decay[kStages];               // exp(c_last)
   Work work[kWorkRing];
   Output output[kValueStages];

@@ -12,6 +12,8 @@ constexpr int kMostWarmUp = 8;
 
 // A chunk that only moves the state on, against a full one: it lacks q S, P U, q k^T and the output.
 constexpr float kStateOnly = 0.7F;
+// A chunk of half the value columns, one consumer's, against both: its products wait for one another.
+constexpr float kHalf = 0.68F;
 // Beginning and ending an item: reading a state, filling the pipeline, writing a state. More where that is written in pairs of bf16 and
 // others are told.
 constexpr float kItem = 2.F, kPart = 2.5F;

@@ -8,13 +8,15 @@ namespace flashdelta::cuda::segment {
 
 constexpr int kWarps = kThreads / 32;
 constexpr int kMostSums = 5;
-constexpr int kModelLanes = kThreads / kMostSegments;
+constexpr int kCandidates = 2 * kMostSegments;  // exact pairs whole, and as halves
+constexpr int kModelLanes = kThreads / kCandidates;
 constexpr int kPasses = 2;  // a rehearsal, and the plan
 
 // What a number of segments makes of the exact pairs.
 struct alignas(16) Model {
   float time;
   float wanted;    // chunks of a segment
+  int copies;      // items of each: 2 where each has half of the value columns
   int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait
   float costs[3];  // of all of each
 };
@@ -23,6 +25,7 @@ enum ModelItem { kParts, kScans, kDependents, kModelItems };
 struct Outline {
   int listed, runs, longest, longest_whole;  // listed: 0 where no plan could be worth it
   float whole, uncut;                        // chunks, and what beginning costs, of pairs that are not listed; time of a call without cuts
+  bool halves;                               // which then takes pairs as two halves
 };
 
 struct Shared {
@@ -38,7 +41,7 @@ struct Shared {
   float line[kMostListed];                       // where warm pairs begin on their line
   int2 start[kThreads];                          // of pieces of the line: warm pair and chunk
   Outline outline;
-  Model model[kMostSegments];
+  Model model[kCandidates];
   unsigned least[kWarps];
   int segment[kMostListed + kMostBoundaries];  // of exact pairs: pair, its number in it, how many that has, a byte each
   signed char warm_here[kMostBoundaries];
@@ -138,8 +141,9 @@ __device__ __forceinline__ bool list_sequences(const Arguments& a, Shared& s, Ou
   return true;
 }
 
-// Leaves s.outline, pairs and runs. Returns how many pairs are listed; 0: there is nothing to plan.
-__device__ __forceinline__ int make_outline(const Arguments& a, Shared& s) {
+// Leaves s.outline, pairs and runs. Returns how many pairs are listed; 0: there is nothing to plan. halves: whether pairs are best taken so
+// where nothing is cut.
+__device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool& halves) {
   const int i = threadIdx.x;
   const bool packed = a.sequences.cu_seqlens != nullptr;
   Outline x{};
@@ -159,7 +163,15 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s) {
     x.longest = lengths.longest, total = static_cast<float>(lengths.sum) * a.HV;
   }
   const float share = total * reciprocal, begins = kItem * pairs * reciprocal;
-  x.uncut = alike ? rounded_up(pairs, P, reciprocal) * (x.longest + kItem) : fmaxf(x.longest + kItem, share + begins + 0.5F * x.longest);
+  const auto uncut = [&](float chunk, float copies) {
+    const float longest = chunk * x.longest;
+    return alike ? rounded_up(copies * pairs, P, reciprocal) * (longest + kItem)
+                 : fmaxf(longest + kItem, copies * (chunk * share + begins) + 0.5F * longest);
+  };
+  x.uncut = uncut(1.F, 1.F);
+  const float as_halves = a.halve ? uncut(kHalf, 2.F) : x.uncut;
+  x.halves = halves = as_halves < x.uncut;
+  x.uncut = fminf(x.uncut, as_halves);
   x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
   if (x.longest <= x.longest_whole || kImbalance * (share + begins) + kPlan > x.uncut) return 0;
 

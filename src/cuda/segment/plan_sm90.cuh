@@ -181,6 +181,7 @@ __device__ __forceinline__ float room_of_piece(const Arguments& a, const Model& 
 // What is left to write when the plan is made.
 struct Outcome {
   int tickets = 0, longest_whole = 1 << 30, warm = 0, exact = 0, warm_chunks = 0;  // boundaries by kind
+  bool halves;  // pairs that the plan leaves whole are two items
 };
 
 __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass) {
@@ -188,6 +189,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   const int i = threadIdx.x, P = a.multiprocessors;
   const bool rehearsing = pass == 0;
   Outcome outcome;
+  outcome.halves = outline.halves;
   if (a.mode == Mode::automatic) {
     find_windows(a, s, outline, s.fails[pass], rehearsing);
     __syncthreads();
@@ -196,8 +198,9 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   const Model& m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + outline.whole + P * line.cut);
   if (kImbalance * m.time + kPlan > outline.uncut) return outcome;
 
+  const int boundaries = m.copies == 1 ? m.items[kDependents] : m.items[kDependents] / 2;
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
-  const int segments = line.exact + m.items[kDependents], each = (segments + kThreads - 1) / kThreads;
+  const int segments = line.exact + boundaries, each = (segments + kThreads - 1) / kThreads;
   const int from = i * each, to = min(segments, from + each);
   const auto warm_of = [&](int boundary) { return s.warm_here[boundary]; };
   Counts numbers{};
@@ -235,7 +238,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       const int over = running - static_cast<int>((running + 0.5F) * device::reciprocal(static_cast<float>(P))) * P;
       t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
       t.late_pieces = pieces - t.early_pieces;
-      t.late_last = t.dependents <= kShortScan * line.exact;
+      t.late_last = t.dependents <= kShortScan * m.copies * line.exact;
       numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
     }
 #pragma unroll 1
@@ -254,8 +257,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
         continue;
       }
       look_around(x, warm_of);
-      if (stage == 2) emit(a.plan.items, x, t, numbers, warm_of);
-      numbers.add(x);
+      if (stage == 2) emit(a.plan.items, x, t, numbers, m.copies, warm_of);
+      numbers.add(x, m.copies);
       if (stage == 1) warm += x.warm;
     }
   }
@@ -264,7 +267,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
     emit_line(a, s, line, t, begin, end, warm, a.counts != nullptr && !rehearsing);
   }
   outcome.tickets = t.count(), outcome.longest_whole = outline.longest_whole;
-  outcome.warm = t.firsts - line.exact, outcome.exact = t.dependents;
+  outcome.warm = t.firsts / m.copies - line.exact, outcome.exact = t.dependents / m.copies, outcome.halves = false;
   return outcome;
 }
 
@@ -272,12 +275,13 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   __shared__ Shared s;
   device::allow_dependent_launch();
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
-  const int listed = a.mode == Mode::off ? 0 : make_outline(a, s);
+  Outcome outcome;
+  outcome.halves = a.halve && kTiles * a.sequences.N * a.HV <= a.multiprocessors;
+  const int listed = a.mode == Mode::off ? 0 : make_outline(a, s, outcome.halves);
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.sequences.N * a.HV; i += kThreads) a.plan.initial_read[i] = 0;
   }
-  Outcome outcome;
 #pragma unroll 1
   for (int pass = a.rehearse && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
     if (pass == 1) device::wait_for_previous_launch();
@@ -285,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   }
   if (a.counts != nullptr) __syncthreads();
   if (threadIdx.x != 0) return;
-  *a.plan.header = {outcome.tickets, outcome.longest_whole, 0};
+  *a.plan.header = {outcome.tickets, outcome.longest_whole, outcome.halves ? 1 : 0};
   if (a.counts == nullptr) return;
   const int warm = outcome.warm + s.figures[0];
   a.counts[0] = a.sequences.N * a.HV + warm + outcome.exact, a.counts[1] = warm, a.counts[2] = outcome.exact;
