@@ -76,7 +76,6 @@ struct Layout {
   segment::Mode mode = segment::Mode::off;
   segment::Room room;
   bool overwrites_initial = false;  // final_state may, while another item still reads
-  bool halve = true;                // an item may write half of a final state before the other half of the initial one is read
 };
 
 Layout layout_of(const Problem& p) {
@@ -85,10 +84,7 @@ Layout layout_of(const Problem& p) {
   Layout layout;
   layout.mode = mode_of(p);
   const bool cuts = layout.mode != segment::Mode::off;
-  const bool overlapping = overlap(p.initial_state, p.final_state);
-  layout.overwrites_initial = cuts && overlapping;
-  layout.halve = !overlapping || (p.initial_state.data == p.final_state.data && p.initial_state.dtype == p.final_state.dtype &&
-                                  p.initial_state.stride == p.final_state.stride);
+  layout.overwrites_initial = cuts && overlap(p.initial_state, p.final_state);
   layout.maps = aligned(layout.counter + sizeof(int));
   const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
   layout.room = segment::room_of(p.N * p.HV, numbers, p.HV, layout.mode, p.batch_invariant, p.num_segments);
@@ -254,7 +250,6 @@ void chunk_forward(const Problem& p) {
     planned.multiprocessors = count;
     planned.mode = mode;
     planned.fixed = p.batch_invariant;
-    planned.halve = layout.halve;
     planned.forced = p.num_segments;
     planned.rehearse = chunk_numbers(p) * p.HV >= segment::kRehearseFrom;
     planned.most_boundaries = static_cast<int>(layout.room.boundaries);
@@ -278,7 +273,7 @@ void chunk_forward(const Problem& p) {
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
   arguments.initial_staged = has_state_map(p.initial_state);
-  arguments.halves = plan.header == nullptr && layout.halve && kTiles * p.N * p.HV <= count;
+  arguments.halves = plan.header == nullptr && kTiles * p.N * p.HV <= count;
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};

@@ -233,7 +233,7 @@ class Tiled {
     tensor_.shape = {kRows, kTokens, kHeads, kChannels};
     tensor_.stride = {row_, token_, kChannels, 1};
   }
-  [[nodiscard]] CUtensorMap map() const { return cuda::make_tensor_map(tensor_, cuda::kTiles, "x"); }
+  [[nodiscard]] CUtensorMap map() const { return cuda::make_tensor_map(tensor_, 2, "x"); }
   [[nodiscard]] std::int64_t offset(std::int64_t row, std::int64_t token, std::int64_t head, std::int64_t channel) const {
     return row * row_ + token * token_ + head * kChannels + channel;
   }

@@ -149,6 +149,22 @@ TEST_P(CudaLayout, BatchInvariantBitsDoNotDependOnThePack) {
   }
 }
 
+// Few heads are taken as two halves of their value columns each, on two multiprocessors; many are not.
+TEST_P(CudaLayout, HalvesOfAHeadGiveTheBitsOfTheWhole) {
+  Case c{.name = "Halves", .H = 2, .HV = 4, .cu_seqlens = {0}, .dtype = GetParam(), .gate = Gate::mixed};
+  for (std::int64_t n = 0; n < 20; ++n) c.cu_seqlens.push_back(c.cu_seqlens.back() + n * 37 % 200);
+  c.T = c.cu_seqlens.back();
+  Call many = cuda_call_saving(c);
+  many.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
+  const Tensors together = cuda_forward(many);
+  ASSERT_FALSE(together.empty());
+  for (std::int64_t n = 0; n < many.sequences(); n += 3) {
+    Tensors expected = results_of_sequence(many, together, n);
+    const Tensors alone = cuda_forward(sequence_of(many, n));
+    for (const char* name : {"o", "final_state"}) EXPECT_TRUE(alone.at(name).bits() == expected.at(name).bits()) << name << ' ' << n;
+  }
+}
+
 TEST_P(CudaLayout, FinalStateMayReplaceTheInitialState) {
   for (const DType state : {DType::f32, DType::bf16, DType::f16}) {
     for (const bool v_first : {false, true}) {

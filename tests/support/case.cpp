@@ -42,6 +42,7 @@ HostTensor make_keys(const Case& c, Random& random) {
                                                   : 0;
   const std::vector<double> direction = unit_vector(c.K, random);
   for (std::int64_t row = 0; row < c.B * c.T * c.H; ++row) {
+    if (c.keys == Keys::ended && row / c.H % c.T % 64 >= 48) continue;
     const std::vector<double> own = unit_vector(c.K, random);
     for (std::int64_t d = 0; d < c.K; ++d) {
       k.put(row * c.K + d, shared * direction[d] + std::sqrt(1 - shared * shared) * own[d]);
@@ -57,6 +58,7 @@ double random_gate(Random& random, std::int64_t head) {
 
 double make_gate(Gate kind, std::int64_t t, std::int64_t head, Random& random) {
   switch (kind) {
+    case Gate::steady: return -0.75;
     case Gate::strong: return -1000;
     case Gate::infinite: return -kInfinity;
     case Gate::bursts: return t % 20 < 3 ? -30 * random.uniform() : 0;

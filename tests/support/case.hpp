@@ -17,6 +17,7 @@ enum class Gate {
   absent,
   random,     // logsigmoid(randn) / 16, every fourth head 0
   zero,       //
+  steady,     // -0.75 at every token
   strong,     // -1000
   infinite,   // -inf at every token
   mixed,      // per head in turn: 0, -1000, random, -inf at every seventh token
@@ -32,6 +33,7 @@ enum class Keys {
   close,     // unit vectors of cosine 0.99 to one another
   similar,   // of cosine 0.9
   alike,     // of cosine 0.65
+  ended,     // unit, but zero in the last quarter of every 64 tokens
 };
 
 struct Case {

@@ -60,8 +60,7 @@ __device__ __forceinline__ void named_sync_if(int id, int threads, bool conditio
                : "memory");
 }
 __device__ __forceinline__ void named_arrive_if(int id, int threads, bool condition) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p bar.arrive %0, %1;\n}" ::"r"(id), "r"(threads),
-               "r"(static_cast<int>(condition))
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p bar.arrive %0, %1;\n}" ::"r"(id), "r"(threads), "r"(static_cast<int>(condition))
                : "memory");
 }
 

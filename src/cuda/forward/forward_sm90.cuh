@@ -270,18 +270,11 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       };
       // U of the chunk at hand, issued and committed last; S decayed, and as it was before in S16. Both arrays are read until it is
       // awaited.
-      const auto update_values = [&](uint32_t (&S16)[32], uint32_t (&X16)[16], float2(&factor)[8], bool with_values) {
+      const auto update_values = [&](uint32_t (&S16)[32], uint32_t (&X16)[16], const uint32_t (&V16)[16], float2(&factor)[8]) {
         const int at = stage.at;
         const uint64_t k = device::describe_rows_128(s.k[at][0]);
         const float decay = s.decay[at];
         // Loads stand before products: behind them they would wait until the last product has begun.
-        uint32_t V16[16];
-        if (with_values) {
-          load_values(V16);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 16; ++i) V16[i] = 0;
-        }
         float4 solve[8];
         load_solve(solve, s.solve[at]);
 #pragma unroll
@@ -311,9 +304,15 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
 #pragma unroll 1
         while (stop == 0) {
           const int at = stage.at;
-          uint32_t S16[32], X16[16];
+          uint32_t S16[32], X16[16], V16[16];
           float2 factor[8];
-          update_values(S16, X16, factor, values);
+          if (values) {
+            load_values(V16);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 16; ++i) V16[i] = 0;
+          }
+          update_values(S16, X16, V16, factor);
           device::named_arrive_if(kTurnBarrier + 1 - w, 256, turns);
           if (values) replaced(v_stage.at);
           device::wgmma_wait<0>();
@@ -328,13 +327,15 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         }
         continue;
       }
+      uint32_t V16[16];
+      load_values(V16);
 #pragma unroll 1
       while (stop == 0) {
         const int at = stage.at;
         const uint64_t q = device::describe_rows_128(s.q[at][0]);
         uint32_t S16[32], X16[16];
         float2 factor[8], out_factor[8];
-        update_values(S16, X16, factor, true);
+        update_values(S16, X16, V16, factor);
         multiply_tile<Type>(O, S16, q);  // O^T = S^T q^T
         device::wgmma_commit();
         device::named_arrive_if(kTurnBarrier + 1 - w, 256, turns);
@@ -359,6 +360,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         stage.next();
         v_stage.next();
         stop = waits_for_next(a.saved_states.data == nullptr);
+        load_values(V16);
         device::wgmma_wait<1>();
         device::hold(S);
         device::wgmma_wait<0>();

@@ -26,6 +26,9 @@ constexpr Hardness kHardF16{0.35F, 0.F, 2.F, 0.5F};
 constexpr float kSmallestWeight = 0.5F;
 // fp16 alone: keys of |k|^2 >= 512 come with values below its normal numbers on one side of a product.
 constexpr int kHardExponentF16 = 5;
+// fp16 alone: where no token of a chunk is written with more than this (beta times what the gates after it leave, over |k|), because the
+// last keys are zero and gates are strong, what is written comes below fp16's normal numbers.
+constexpr float kSmallestWriteF16 = 0x1p-10F;
 
 // Keys up to this |k|^2 go into fp16 products as they are; larger ones (or with the l2-norm, all) are first scaled to length 1, since fp16
 // ends at 65504. Products of smaller keys only lose what is negligible beside the identity.

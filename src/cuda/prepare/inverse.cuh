@@ -194,7 +194,8 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
 
 // Whether the loop has to take this chunk of this head token by token (config.h). For lane 0.
 template <Operand Type>
-__device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, int rows, KeyScale scale, const RecordTail& tail, int lane) {
+__device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const float* norm, bool l2norm, int rows, KeyScale scale,
+                                        const RecordTail& tail, int lane) {
   constexpr Hardness kHard = Type == Operand::f16 ? kHardF16 : kHardBf16;
   // Betas of scaled keys are those of unit keys: the factors have them times |k|^2.
   const float b0 = f.gate[2 * lane].y, b1 = f.gate[2 * lane + 1].y;
@@ -211,6 +212,17 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, int ro
   bool hard = false;
   if (Type == Operand::f16 && scale == KeyScale::power_of_two) {
     hard = __any_sync(~0U, tail.exponent[2 * lane] >= kHardExponentF16 || tail.exponent[2 * lane + 1] >= kHardExponentF16);
+  }
+  if constexpr (Type == Operand::f16) {
+    float written = -1.F;  // the most by one of this lane's tokens; -1: neither writes
+#pragma unroll
+    for (int i = 2 * lane; i < 2 * lane + 2; ++i) {
+      const float2 gate = f.gate[i];
+      const float key = l2norm ? tail.norm[i] : exp2f(-static_cast<float>(tail.exponent[i]));
+      const float weight = -gate.y * key * device::exp2_fast(f.gate[kChunk - 1].x - gate.x);
+      if (norm[i] > kSmallestNorm && gate.y != 0.F) written = fmaxf(written, weight);
+    }
+    hard |= __any_sync(~0U, written >= 0.F) && !__any_sync(~0U, written > kSmallestWriteF16);
   }
   const float ratio = squares.y > kSmallestWeight ? squares.x / squares.y : 0.F;
   // Without gates errors last, and add up from chunk to chunk.

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
       } else {
         squares = invert<Type, false>(derived, derived.head[warp].factors, decay, record_row, lane);
       }
-      const bool hard = is_hard<Type>(squares, derived.head[warp].factors, here.rows, scale, tail, lane);
+      const bool hard = is_hard<Type>(squares, derived.head[warp].factors, s.norm, a.l2norm, here.rows, scale, tail, lane);
       if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
       if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, derived.record[warp], whole, lane);
       device::fence_shared_to_async();

@@ -12,8 +12,8 @@ constexpr int kMostWarmUp = 8;
 
 // A chunk that only moves the state on, against a full one: it lacks q S, P U, q k^T and the output.
 constexpr float kStateOnly = 0.7F;
-// A chunk of half the value columns, one consumer's, against both: its products wait for one another.
-constexpr float kHalf = 0.68F;
+// A chunk of half the value columns, one consumer's, against both, where all multiprocessors are busy: its products wait for one another.
+constexpr float kHalf = 0.62F;
 // Beginning and ending an item: reading a state, filling the pipeline, writing a state. More where that is written in pairs of bf16 and
 // others are told.
 constexpr float kItem = 2.F, kPart = 2.5F;
@@ -29,8 +29,9 @@ constexpr int kShortScan = 4;
 constexpr int kShortest = 2;
 // Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.
 constexpr float kNeverCut = 0.52F;
-// What a plan promises is worth this much: multiprocessors are never loaded quite alike, and the plan itself takes a while.
-constexpr float kImbalance = 1.1F, kPlan = 3.F;
+// What a plan promises is worth this much: multiprocessors are never loaded quite alike, and the plan itself takes a while. Once it has
+// been made, what it must save is less.
+constexpr float kImbalance = 1.25F, kPlan = 7.F, kGain = 3.F;
 
 // Chunks (of value heads) from which on `prepare` takes about as long as a rehearsal of the plan.
 constexpr int kRehearseFrom = 4096;

@@ -57,12 +57,12 @@ __device__ __forceinline__ void put(Item* items, int index, const Item& x) {
   to[2] = make_int4(x.scan_steps, x.more, x.from_scan, x.consumers);
 }
 
-// Items of one segment, at its numbers within each kind; copies: 2 for items of half the value columns. One loop, so that there is one place
-// that writes items.
+// Items of one segment, at its numbers within each kind; copies: 2 for items of half the value columns. One loop, so that there is one
+// place that writes items.
 template <class WarmOf>
 __device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, int copies, WarmOf warm_of) {
-  Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, To::nowhere, x.boundary, x.boundary + 1, 0, -1, 0,
-            kBothConsumers};
+  Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, To::nowhere, x.boundary,
+            x.boundary + 1,  0,           -1,      0, kBothConsumers};
   if (x.last()) item.to = To::final_state;
   int index = 0, count = 1;
   if (x.dependent) {

@@ -16,8 +16,8 @@ __device__ __forceinline__ float segment_length(int chunks, int segments) {
   return __fmul_rn(static_cast<float>(chunks), device::reciprocal(segments - 1 + kFirstShare));
 }
 
-// The time of a call with exact pairs in up to `segments` parts, each of `copies` items, by kModelLanes neighbouring lanes. others: chunks, and what is like them,
-// that the machine has to do besides.
+// The time of a call with exact pairs in up to `segments` parts, each of `copies` items, by kModelLanes neighbouring lanes. others: chunks,
+// and what is like them, that the machine has to do besides.
 __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, const int* exact_in_run, const Outline& outline,
                                           int segments, int copies, int exact, float others, int lane) {
   const float P = static_cast<float>(a.multiprocessors), reciprocal = device::reciprocal(P);
@@ -65,7 +65,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     chain += 1.F + rounds * (kScanItem + kScanStep * steps);
   }
   if (exact > 0) chain += fmaxf(part, waves(m.items[kParts]) * m.costs[kParts] * device::reciprocal(static_cast<float>(m.items[kParts])));
-  m.time = boundaries <= a.most_boundaries && (copies == 1 || a.halve) ? fmaxf(load, chain) : 1e30F;
+  m.time = boundaries <= a.most_boundaries ? fmaxf(load, chain) : 1e30F;
   return m;
 }
 

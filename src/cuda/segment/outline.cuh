@@ -169,7 +169,7 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
                  : fmaxf(longest + kItem, copies * (chunk * share + begins) + 0.5F * longest);
   };
   x.uncut = uncut(1.F, 1.F);
-  const float as_halves = a.halve ? uncut(kHalf, 2.F) : x.uncut;
+  const float as_halves = uncut(kHalf, 2.F);
   x.halves = halves = as_halves < x.uncut;
   x.uncut = fminf(x.uncut, as_halves);
   x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);

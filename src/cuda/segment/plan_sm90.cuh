@@ -181,7 +181,7 @@ __device__ __forceinline__ float room_of_piece(const Arguments& a, const Model& 
 // What is left to write when the plan is made.
 struct Outcome {
   int tickets = 0, longest_whole = 1 << 30, warm = 0, exact = 0, warm_chunks = 0;  // boundaries by kind
-  bool halves;  // pairs that the plan leaves whole are two items
+  bool halves;                                                                     // pairs that the plan leaves whole are two items
 };
 
 __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   }
   const Line line = sort_pairs(a, s, outline, pass);
   const Model& m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + outline.whole + P * line.cut);
-  if (kImbalance * m.time + kPlan > outline.uncut) return outcome;
+  if (kImbalance * m.time + kGain > outline.uncut) return outcome;
 
   const int boundaries = m.copies == 1 ? m.items[kDependents] : m.items[kDependents] / 2;
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   device::allow_dependent_launch();
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
   Outcome outcome;
-  outcome.halves = a.halve && kTiles * a.sequences.N * a.HV <= a.multiprocessors;
+  outcome.halves = kTiles * a.sequences.N * a.HV <= a.multiprocessors;
   const int listed = a.mode == Mode::off ? 0 : make_outline(a, s, outcome.halves);
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1

@@ -17,7 +17,6 @@ struct Arguments {
   int HV, slots, multiprocessors;
   Mode mode;
   bool fixed;                    // batch_invariant
-  bool halve;                    // pairs and segments may be taken as two items of half the value columns each
   int forced;                    // segments of every pair; 0: planned
   bool rehearse;                 // make the plan once beforehand, for its instructions: where `prepare` takes long enough to hide that
   int most_boundaries;           // what the workspace holds
