@@ -41,8 +41,10 @@ struct Kernels {
   // holds as many of the above, one behind the other. gate_sums [count][2] gathers the parts of dA_log and d_dt_bias.
   void (*backward)(const op::Problem&, const Span&, std::int64_t h, std::int64_t count, float* d_states, double* gate_sums, float* scratch);
 
-  // All tokens of sequence n, value head h, token by token.
+  // All tokens of sequence n, value head h, token by token. separate_passes is the same rule as ggml schedules it, a pass over the state
+  // for each of decay, read, update and output: what benchmarks compare with.
   void (*recurrent)(const op::Problem&, std::int64_t n, std::int64_t h, float* scratch);
+  void (*separate_passes)(const op::Problem&, std::int64_t n, std::int64_t h, float* scratch);
 
   // state from / to a states tensor's (n, h); an absent source means zero.
   void (*load_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, float* state);
@@ -53,9 +55,6 @@ struct Kernels {
 
   // Multiply-adds per second in registers, for `seconds`: the peak that benchmarks compare with.
   double (*peak_macs)(double seconds);
-
-  // Seconds per token and head of a token loop with ggml's schedule, measured for `seconds`: what benchmarks compare with as well.
-  double (*separate_passes)(std::int64_t K, std::int64_t V, double seconds);
 };
 
 // The build for `set`, null where it is not built or this processor lacks it.
