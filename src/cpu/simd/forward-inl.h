@@ -23,18 +23,13 @@ HWY_NOINLINE void SaveChunk(const op::Problem& p, const Place& at, Index h, cons
   }
 }
 
-// Keys and queries of a chunk, transposed [padded(K), kSquare<kC>]: what a step of a product broadcasts stands in one line.
-HWY_INLINE void LoadTransposed(const op::Problem& p, const op::Tensor& x, const Place& at, Index h, float factor, float* rows, float* xT) {
-  LoadNormed(p, x, at, h, factor, rows, leading(p.K), nullptr);
-  Transpose(at.m, padded(p.K), rows, leading(p.K), xT, kSquare<kC>);
-}
-
 // What a chunk's products need beside the state: k and, if wanted, q, P; T. For the scratch of forward and of the reverse chain.
 template <class Scratch>
 HWY_INLINE void PrepareChunk(const op::Problem& p, const Place& at, Index hk, bool with_q, const Gates& gates, const Scratch& s) {
   const Index m = at.m;
-  LoadTransposed(p, p.k, at, hk, 1, s.rows, s.kT);
-  if (with_q) LoadTransposed(p, p.q, at, hk, static_cast<float>(p.scale), s.rows, s.qT);
+  const Index ld = leading(p.K);
+  LoadTransposed(p, p.k, at, hk, 1, s.rows, ld, s.kT, kSquare<kC>, nullptr);
+  if (with_q) LoadTransposed(p, p.q, at, hk, static_cast<float>(p.scale), s.rows, ld, s.qT, kSquare<kC>, nullptr);
   Decays<kC>(gates, m, s.G);
   if (with_q) {
     TimesKeys(p, s.qT, s.kT, kSquare<kC>, m, s.P);

@@ -130,8 +130,14 @@ HWY_INLINE void Panel(Index m, Index depth, const Left& a, const Right& b, Index
     Micro<MR, NV>(p0, p1, a, at, b, j, c);
     if (ahead != nullptr) ahead->Step();
   };
-  // Row blocks above the diagonal of this panel are not wanted.
-  if (shape == Shape::out_lower) i = j / kMR * kMR;
+  // Row blocks above the diagonal of this panel are not wanted, and of those that start on it no column behind their first vector.
+  if (shape == Shape::out_lower) {
+    i = j;
+    if (NV > 1 && j + kLanes <= m) {
+      constexpr int kDiagonal = std::min(8, kLanes);
+      for (; i < j + kLanes; i += kDiagonal) Micro<kDiagonal, 1>(0, depth, a, i, b, j, c);
+    }
+  }
   // Eight rows are left as 4 + 4: with 6 + 2 the two would wait for their own sums.
   for (; i + kMR <= m && (kMR == 8 || m - i != 8); i += kMR) rows(std::integral_constant<int, kMR>{}, i);
   for (; i + 4 <= m; i += 4) rows(std::integral_constant<int, 4>{}, i);

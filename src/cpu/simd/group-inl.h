@@ -22,8 +22,7 @@ struct Norms {
 HWY_NOINLINE void LoadKeys(const op::Problem& p, const Halves& x, bool kept, Index hk, BackwardScratch& s, Norms& norms) {
   const Index ld = padded(p.K);
   const auto load = [&](const op::Tensor& tensor, const Place& at, float factor, float* to, float* xT) HWY_ATTR {
-    LoadNormed(p, tensor, at, hk, factor, s.rows, ld, to);
-    Transpose(at.m, ld, s.rows, ld, xT, kLdH);
+    LoadTransposed(p, tensor, at, hk, factor, s.rows, ld, xT, kLdH, to);
   };
   if (kept) {
     std::swap(s.kT, s.kT_first);

@@ -156,23 +156,43 @@ HWY_INLINE void StoreTile(const op::Tensor& x, Index b, Index t, Index rows, Ind
   if (rows > 0) StoreRows(x.dtype, x.at(b, t, h, c0), x.stride[1], x.stride[3], rows, width, tile, ld);
 }
 
-// out[j][i] = in[i][j] for i < rows, j < cols, both multiples of 4.
-HWY_NOINLINE void Transpose(Index rows, Index cols, const float* in, Index ld, float* out, Index ld_out) {
-  const hn::FixedTag<float, 4> d;
-  const hn::RepartitionToWide<decltype(d)> dw;
-  for (Index i = 0; i < rows; i += 4) {
-    for (Index j = 0; j < cols; j += 4) {
-      const float* p = in + i * ld + j;
-      const auto a = hn::LoadU(d, p), b = hn::LoadU(d, p + ld), c = hn::LoadU(d, p + 2 * ld), e = hn::LoadU(d, p + 3 * ld);
-      const auto ab0 = hn::BitCast(dw, hn::InterleaveLower(d, a, b)), ab1 = hn::BitCast(dw, hn::InterleaveUpper(d, a, b));
-      const auto ce0 = hn::BitCast(dw, hn::InterleaveLower(d, c, e)), ce1 = hn::BitCast(dw, hn::InterleaveUpper(d, c, e));
-      float* o = out + j * ld_out + i;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, ab0, ce0)), d, o);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, ab0, ce0)), d, o + ld_out);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, ab1, ce1)), d, o + 2 * ld_out);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, ab1, ce1)), d, o + 3 * ld_out);
-    }
+// Four floats from each of as many rows as four-lane blocks fit in D's vectors, 4 * ld apart.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadBlocks(D d, const float* p, Index ld) {
+  if constexpr (hn::MaxLanes(d) == 4) {
+    return hn::LoadU(d, p);
+  } else {
+    const hn::Half<D> half;
+    return hn::Combine(d, LoadBlocks(half, p + static_cast<Index>(hn::MaxLanes(d)) / 2 * ld, ld), LoadBlocks(half, p, ld));
   }
+}
+
+// Rows [i, i + D's lanes) of Transpose.
+template <class D>
+HWY_INLINE void TransposeRows(D d, Index i, Index cols, const float* in, Index ld, float* out, Index ld_out, const float* factors) {
+  const hn::RepartitionToWide<D> dw;
+  const auto factor = factors == nullptr ? hn::Set(d, 1.0F) : hn::LoadU(d, factors + i);
+  for (Index j = 0; j < cols; j += 4) {
+    const float* p = in + i * ld + j;
+    const auto a = LoadBlocks(d, p, ld), b = LoadBlocks(d, p + ld, ld), c = LoadBlocks(d, p + 2 * ld, ld), e = LoadBlocks(d, p + 3 * ld, ld);
+    const auto ab0 = hn::BitCast(dw, hn::InterleaveLower(d, a, b)), ab1 = hn::BitCast(dw, hn::InterleaveUpper(d, a, b));
+    const auto ce0 = hn::BitCast(dw, hn::InterleaveLower(d, c, e)), ce1 = hn::BitCast(dw, hn::InterleaveUpper(d, c, e));
+    float* o = out + j * ld_out + i;
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveLower(dw, ab0, ce0))), d, o);
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveUpper(dw, ab0, ce0))), d, o + ld_out);
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveLower(dw, ab1, ce1))), d, o + 2 * ld_out);
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveUpper(dw, ab1, ce1))), d, o + 3 * ld_out);
+  }
+}
+
+// out[j][i] = factors[i] in[i][j] for i < rows, j < cols, both multiples of 4; factors 1 where null.
+HWY_NOINLINE void Transpose(Index rows, Index cols, const float* in, Index ld, float* out, Index ld_out, const float* factors = nullptr) {
+  Index i = 0;
+  for (; i + kLanes <= rows; i += kLanes) TransposeRows(DF(), i, cols, in, ld, out, ld_out, factors);
+  if constexpr (kLanes > 8) {
+    for (; i + 8 <= rows; i += 8) TransposeRows(hn::CappedTag<float, 8>(), i, cols, in, ld, out, ld_out, factors);
+  }
+  for (; i < rows; i += 4) TransposeRows(hn::FixedTag<float, 4>(), i, cols, in, ld, out, ld_out, factors);
 }
 
 // Sum of a[j] * b[j], n a multiple of kLanes.
