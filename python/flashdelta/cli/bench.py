@@ -178,7 +178,7 @@ def _report(groups: list[list[Result]], place: device.Cpu | device.Cuda) -> dict
         "processor": info["cpu"]["processor"],
         "threads_available": info["cpu"]["threads"],
         "gpus": info["cuda"]["devices"] if place.backend == "cuda" else [],
-        "flops": "multiply-add is 2; triangular products count their lower half (docs/numerics.md)",
+        "flops": "multiply-add is 2; triangular products count their lower half, on the CPU forward of half chunks (docs/numerics.md)",
         "shapes": [{"passes": [result.as_json() for result in results], **_ratios(results)} for results in groups],
     }
 

@@ -67,7 +67,8 @@ class Result:
     @property
     def gflops(self) -> float:
         width = (self.shape.heads.key_width, self.shape.heads.value_width)
-        return flops.PER_TOKEN[self.operation](*width) * self.shape.token_heads / self.seconds * 1e-9
+        counts = flops.PER_TOKEN if self.floor else flops.CPU_PER_TOKEN
+        return counts[self.operation](*width) * self.shape.token_heads / self.seconds * 1e-9
 
     @property
     def us_per_token_head(self) -> float:

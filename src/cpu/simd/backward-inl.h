@@ -47,7 +47,7 @@ void BackwardState(const op::Problem& p, const Span& span, std::int64_t h, Pass 
   for (Index chunk = span.last - 1; chunk >= span.first; --chunk) {
     const Place at = PlaceOf(p, span.n, chunk);
     LoadGates(p, at, h, gates);
-    PrepareChunk(p, at, hk, with_o, gates, s);
+    PrepareChunk<kC>(p, at, hk, with_o, gates, s);
     for (Index v0 = 0; v0 < width; v0 += kValueBlock) {
       const Index w = std::min<Index>(kValueBlock, width - v0);
       BackwardStateBlock(p, at, h, with_o, v0, w, gates, d_state + v0 * padded(p.K), s);

@@ -36,7 +36,8 @@ HWY_INLINE Place HalfOf(const Place& chunk, Index half) {
   return {chunk.b, chunk.t + half * kHalf, rows, (rows + 7) / 8 * 8};
 }
 
-// Per-token scalars of one value head's chunk. Beyond `rows` a token acts as k = 0, beta = 0, g = 0.
+// Per-token scalars of one value head's chunk, or of half of one: the rest of the arrays is not set then. Beyond `rows` a token acts as if
+// k, beta and g were 0.
 struct Gates {
   HWY_ALIGN_MAX float c_high[kC], c_low[kC];  // inclusive sum of the log gates, as two floats: c[i] - c[j] then keeps float accuracy
                                               // beside gates of -1000, where the sums are large
@@ -84,23 +85,23 @@ HWY_INLINE VD ExpOrNaN(VD x) { return hn::IfThenElse(hn::Eq(x, x), hn::Exp(DD(),
 HWY_INLINE void StoreFloats(VD x, float* to) { hn::StoreU(hn::DemoteTo(hn::Rebind<float, DD>(), x), hn::Rebind<float, DD>(), to); }
 
 // A chunk's scalars of one head as doubles, 0 beyond its tokens.
-HWY_INLINE void ReadScalars(const op::Tensor& x, const Place& at, Index h, double* out) {
+HWY_INLINE void ReadScalars(const op::Tensor& x, const Place& at, Index h, Index n, double* out) {
   const std::byte* from = x.at(at.b, at.t, h);
   const Index step = x.stride[1] * op::size_of(x.dtype);
   for (Index i = 0; i < at.rows; ++i, from += step) out[i] = op::load_element(x.dtype, from);
-  for (Index i = at.rows; i < kC; ++i) out[i] = 0;
+  for (Index i = at.rows; i < n; ++i) out[i] = 0;
 }
 
 // LogGate of a chunk's tokens, with its slopes.
-HWY_INLINE void LogGates(const op::Problem& p, const Place& at, Index h, Gates& s) {
+HWY_INLINE void LogGates(const op::Problem& p, const Place& at, Index h, Index n, Gates& s) {
   const DD d;
-  for (Index i = 0; i < kC; ++i) s.g[i] = 0, s.slope[i] = 1;
+  for (Index i = 0; i < n; ++i) s.g[i] = 0, s.slope[i] = 1;
   if (!p.g) return;
-  ReadScalars(p.g, at, h, s.g);
+  ReadScalars(p.g, at, h, n, s.g);
   if (!p.gate_in_kernel) return;
   const VD zero = hn::Zero(d), one = hn::Set(d, 1.0);
   const VD rate = hn::Set(d, -std::exp(ReadScalar(p.A_log, h))), bias = hn::Set(d, p.dt_bias ? ReadScalar(p.dt_bias, h) : 0.0);
-  for (Index i = 0; i < kC; i += kWide) {
+  for (Index i = 0; i < n; i += kWide) {
     const VD x = hn::Add(hn::LoadU(d, s.g + i), bias), e = ExpOrNaN(hn::Neg(hn::Abs(x)));
     const auto positive = hn::Ge(x, zero);
     const VD sigmoid = hn::Div(hn::IfThenElse(positive, one, e), hn::Add(one, e));
@@ -110,12 +111,12 @@ HWY_INLINE void LogGates(const op::Problem& p, const Place& at, Index h, Gates& 
   }
 }
 
-HWY_INLINE void Betas(const op::Problem& p, const Place& at, Index h, Gates& s) {
+HWY_INLINE void Betas(const op::Problem& p, const Place& at, Index h, Index n, Gates& s) {
   const DD d;
   double beta[kC];
-  if (p.beta) ReadScalars(p.beta, at, h, beta);
+  if (p.beta) ReadScalars(p.beta, at, h, n, beta);
   const VD one = hn::Set(d, 1.0), most = hn::Set(d, p.neg_eigval ? 2.0 : 1.0);
-  for (Index i = 0; i < kC; i += kWide) {
+  for (Index i = 0; i < n; i += kWide) {
     VD x = p.beta ? hn::LoadU(d, beta + i) : one;
     if (p.beta && p.beta_sigmoid) {
       const VD e = ExpOrNaN(hn::Neg(hn::Abs(x)));
@@ -123,15 +124,16 @@ HWY_INLINE void Betas(const op::Problem& p, const Place& at, Index h, Gates& s) 
     }
     StoreFloats(x, s.beta + i);
   }
-  std::fill(s.beta + at.rows, s.beta + kC, 0.0F);
+  std::fill(s.beta + at.rows, s.beta + n, 0.0F);
 }
 
 HWY_NOINLINE void LoadGates(const op::Problem& p, const Place& at, Index h, Gates& s) {
   const DD d;
-  LogGates(p, at, h, s);
-  Betas(p, at, h, s);
+  const Index n = at.m > kHalf ? kC : kHalf;
+  LogGates(p, at, h, n, s);
+  Betas(p, at, h, n, s);
   double c = 0;
-  for (Index i = 0; i < kC; ++i) {
+  for (Index i = 0; i < n; ++i) {
     if (i < at.rows) {
       if (s.g[i] < kGateFloor) s.g[i] = kGateFloor;  // keeps a NaN
       c += s.g[i];
@@ -139,17 +141,17 @@ HWY_NOINLINE void LoadGates(const op::Problem& p, const Place& at, Index h, Gate
     s.c[i] = c;
   }
   const VD last = hn::Set(d, c);
-  for (Index i = 0; i < kC; i += kWide) {
+  for (Index i = 0; i < n; i += kWide) {
     const VD sum = hn::LoadU(d, s.c + i);
     StoreFloats(ExpOrNaN(sum), s.gam + i);
     StoreFloats(ExpOrNaN(hn::Sub(last, sum)), s.tail + i);
   }
-  for (Index i = 0; i < kC; ++i) {
+  for (Index i = 0; i < n; ++i) {
     s.c_high[i] = static_cast<float>(s.c[i]);
     s.c_low[i] = static_cast<float>(s.c[i] - static_cast<double>(s.c_high[i]));
   }
-  s.gl = s.gam[kC - 1];
-  std::fill(s.tail + at.rows, s.tail + kC, 0.0F);
+  s.gl = s.gam[n - 1];
+  std::fill(s.tail + at.rows, s.tail + n, 0.0F);
 }
 
 // q or k of a chunk, l2-normalised where asked, times `factor`, transposed [padded(K), m]: what a step of a product broadcasts then stands

@@ -66,7 +66,7 @@ class Ahead {
     if (rows > 0 && count_ < kMost) runs_[count_++] = {first, rows, step, bytes};
   }
   void Step() {
-    for (int i = 0; i < 2 && at_ < count_; ++i) {
+    if (at_ < count_) {
       Run& run = runs_[at_];
       for (Index b = 0; b < run.bytes; b += 64) __builtin_prefetch(run.row + b, 0, 2);
       run.row += run.step;

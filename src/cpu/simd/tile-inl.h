@@ -156,25 +156,27 @@ HWY_INLINE void StoreTile(const op::Tensor& x, Index b, Index t, Index rows, Ind
   if (rows > 0) StoreRows(x.dtype, x.at(b, t, h, c0), x.stride[1], x.stride[3], rows, width, tile, ld);
 }
 
-// Four floats from each of as many rows as four-lane blocks fit in D's vectors, 4 * ld apart.
-template <class D>
-HWY_INLINE hn::Vec<D> LoadBlocks(D d, const float* p, Index ld) {
-  if constexpr (hn::MaxLanes(d) == 4) {
+// Four floats from each of N / 4 rows, 4 * ld apart, as one vector.
+template <int N>
+HWY_INLINE hn::Vec<hn::CappedTag<float, N>> LoadBlocks(const float* p, Index ld) {
+  const hn::CappedTag<float, N> d;
+  if constexpr (N == 4) {
     return hn::LoadU(d, p);
   } else {
-    const hn::Half<D> half;
-    return hn::Combine(d, LoadBlocks(half, p + static_cast<Index>(hn::MaxLanes(d)) / 2 * ld, ld), LoadBlocks(half, p, ld));
+    return hn::Combine(d, LoadBlocks<N / 2>(p + N / 2 * ld, ld), LoadBlocks<N / 2>(p, ld));
   }
 }
 
-// Rows [i, i + D's lanes) of Transpose.
-template <class D>
-HWY_INLINE void TransposeRows(D d, Index i, Index cols, const float* in, Index ld, float* out, Index ld_out, const float* factors) {
-  const hn::RepartitionToWide<D> dw;
+// Rows [i, i + N) of Transpose.
+template <int N>
+HWY_INLINE void TransposeRows(Index i, Index cols, const float* in, Index ld, float* out, Index ld_out, const float* factors) {
+  const hn::CappedTag<float, N> d;
+  const hn::RepartitionToWide<decltype(d)> dw;
   const auto factor = factors == nullptr ? hn::Set(d, 1.0F) : hn::LoadU(d, factors + i);
   for (Index j = 0; j < cols; j += 4) {
     const float* p = in + i * ld + j;
-    const auto a = LoadBlocks(d, p, ld), b = LoadBlocks(d, p + ld, ld), c = LoadBlocks(d, p + 2 * ld, ld), e = LoadBlocks(d, p + 3 * ld, ld);
+    const auto a = LoadBlocks<N>(p, ld), b = LoadBlocks<N>(p + ld, ld), c = LoadBlocks<N>(p + 2 * ld, ld),
+               e = LoadBlocks<N>(p + 3 * ld, ld);
     const auto ab0 = hn::BitCast(dw, hn::InterleaveLower(d, a, b)), ab1 = hn::BitCast(dw, hn::InterleaveUpper(d, a, b));
     const auto ce0 = hn::BitCast(dw, hn::InterleaveLower(d, c, e)), ce1 = hn::BitCast(dw, hn::InterleaveUpper(d, c, e));
     float* o = out + j * ld_out + i;
@@ -188,11 +190,11 @@ HWY_INLINE void TransposeRows(D d, Index i, Index cols, const float* in, Index l
 // out[j][i] = factors[i] in[i][j] for i < rows, j < cols, both multiples of 4; factors 1 where null.
 HWY_NOINLINE void Transpose(Index rows, Index cols, const float* in, Index ld, float* out, Index ld_out, const float* factors = nullptr) {
   Index i = 0;
-  for (; i + kLanes <= rows; i += kLanes) TransposeRows(DF(), i, cols, in, ld, out, ld_out, factors);
-  if constexpr (kLanes > 8) {
-    for (; i + 8 <= rows; i += 8) TransposeRows(hn::CappedTag<float, 8>(), i, cols, in, ld, out, ld_out, factors);
+  for (; i + kLanes <= rows; i += kLanes) TransposeRows<kLanes>(i, cols, in, ld, out, ld_out, factors);
+  if (kLanes > 8) {
+    for (; i + 8 <= rows; i += 8) TransposeRows<std::min(8, kLanes)>(i, cols, in, ld, out, ld_out, factors);
   }
-  for (; i < rows; i += 4) TransposeRows(hn::FixedTag<float, 4>(), i, cols, in, ld, out, ld_out, factors);
+  for (; i < rows; i += 4) TransposeRows<4>(i, cols, in, ld, out, ld_out, factors);
 }
 
 // Sum of a[j] * b[j], n a multiple of kLanes.
