@@ -121,7 +121,8 @@ class Run {
     }
     kernels_.backward(p_, segment(p_, cut, x.j), h0, count, d_states, gate_sums.data(), scratch);
     for (std::int64_t i = 0; i < count; ++i) {
-      if (p_.d_initial_state && x.j == 0) kernels_.store_state(p_.d_initial_state, cut.n, h0 + i, p_.K, p_.V, d_states + i * at_.state);
+      if (p_.d_initial_state && x.j == 0)
+        kernels_.store_state(p_.d_initial_state, cut.n, h0 + i, p_.K, {0, p_.V}, d_states + i * at_.state);
       if (p_.gate_in_kernel) std::memcpy(sums(cut, h0 + i, x.j), &gate_sums[static_cast<std::size_t>(2 * i)], 2 * sizeof(double));
     }
   }

@@ -66,8 +66,7 @@ HWY_INLINE void ForwardBlock(const op::Problem& p, const Place& at, Index h, Pas
   Gemm(p.K, w, at.rows, {s.kT, ldt, 1}, {s.U, ld}, {.data = S, .ld = wp, .c0 = gates.gl}, Shape::full, &ahead);
 }
 
-void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, float* state, float* scratch) {
-  const Index width = pass == Pass::transition ? p.K : p.V;
+void Forward(const op::Problem& p, const Span& span, std::int64_t h, const Columns& columns, Pass pass, float* state, float* scratch) {
   const Index hk = h / (p.HV / p.H);
   const bool full = pass == Pass::full;
   const ForwardScratch s(p, scratch);
@@ -80,23 +79,23 @@ void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, 
   for (Index chunk = span.first; chunk < span.last; ++chunk) {
     const Place whole = PlaceOf(p, span.n, chunk);
     if (full && p.saved_states && chunk % p.checkpoint_chunks == 0) {
-      StoreState(p.saved_states, op::saved_states_base(p, span.n) + chunk / p.checkpoint_chunks, h, p.K, p.V, state);
+      StoreState(p.saved_states, op::saved_states_base(p, span.n) + chunk / p.checkpoint_chunks, h, p.K, columns, state);
     }
-    if (full && (p.saved_c || p.saved_T)) SaveChunk(p, whole, h, hk, scratch);
+    if (full && columns.first == 0 && (p.saved_c || p.saved_T)) SaveChunk(p, whole, h, hk, scratch);
     for (Index half = 0; half * kHalf < whole.rows; ++half) {
       const Place at = HalfOf(whole, half);
       Ahead ahead;
       if (full) AskFor(p.o, at.b, at.t, at.rows, h, ahead);
       if (half == 0 && whole.rows > kHalf) {
         ask(HalfOf(whole, 1), ahead);
-      } else if (chunk + 1 < span.last) {
-        ask(HalfOf(PlaceOf(p, span.n, chunk + 1), 0), ahead);
+      } else {
+        ask(HalfOf(PlaceOf(p, span.n, chunk + 1), 0), ahead);  // of no rows behind the sequence's end
       }
       LoadGates(p, at, h, gates);
       PrepareChunk<kHalf>(p, at, hk, full, gates, s);
       ScaleColumns<kHalf>(s.T, gates.beta, at.m);
-      for (Index v0 = 0; v0 < width; v0 += kValueBlock) {
-        ForwardBlock(p, at, h, pass, v0, std::min<Index>(kValueBlock, width - v0), gates, state + v0 * padded(p.K), s, ahead);
+      for (Index v0 = columns.first; v0 < columns.last; v0 += kValueBlock) {
+        ForwardBlock(p, at, h, pass, v0, std::min<Index>(kValueBlock, columns.last - v0), gates, state + v0 * padded(p.K), s, ahead);
       }
     }
   }

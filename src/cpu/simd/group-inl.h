@@ -21,9 +21,8 @@ struct Norms {
 // before it: then they change places.
 HWY_NOINLINE void LoadKeys(const op::Problem& p, const Halves& x, bool kept, Index hk, BackwardScratch& s, Norms& norms) {
   const Index ld = padded(p.K);
-  const auto load = [&](const op::Tensor& tensor, const Place& at, float factor, float* to, float* xT) HWY_ATTR {
-    LoadTransposed(p, tensor, at, hk, factor, s.rows, ld, xT, kLdH, to);
-  };
+  const auto load = [&](const op::Tensor& tensor, const Place& at, float factor, float* to, float* xT)
+                        HWY_ATTR { LoadTransposed(p, tensor, at, hk, factor, s.rows, ld, xT, kLdH, to); };
   if (kept) {
     std::swap(s.kT, s.kT_first);
     std::swap(s.kk, s.kk_first);
@@ -51,7 +50,7 @@ HWY_NOINLINE void RecomputeStates(const op::Problem& p, const Span& block, Index
     for (Index c = block.first; c + 1 < block.last; ++c) {
       float* next = state + ratio * floats;
       std::memcpy(next, state, static_cast<std::size_t>(floats) * sizeof(float));
-      Forward(p, {block.n, c, c + 1}, h, Pass::state, next, scratch);
+      Forward(p, {block.n, c, c + 1}, h, {0, p.V}, Pass::state, next, scratch);
       state = next;
     }
   }

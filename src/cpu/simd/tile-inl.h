@@ -242,9 +242,9 @@ void LoadState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t
   }
 }
 
-void StoreState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, const float* state) {
-  for (Index v0 = 0; v0 < V; v0 += kValueBlock) {
-    const Index w = std::min<Index>(kValueBlock, V - v0);
+void StoreState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t K, const Columns& columns, const float* state) {
+  for (Index v0 = columns.first; v0 < columns.last; v0 += kValueBlock) {
+    const Index w = std::min<Index>(kValueBlock, columns.last - v0);
     StoreColumns(x, n, h, K, v0, w, state + v0 * padded(K), padded(w));
   }
 }
