@@ -22,15 +22,11 @@ using DF = hn::CappedTag<float, 16>;
 using VF = hn::Vec<DF>;
 constexpr int kLanes = HWY_MAX_BYTES / 4 < 16 ? HWY_MAX_BYTES / 4 : 16;
 
-// Accumulators that vector registers have room for, kMR x kNV: 12 x 2 with AVX-512's 32, 6 x 2 with 16. 8 x 2 are enough to hide the
-// latency of both FMA units, but with AVX-512 their loads leave no slack: 12 x 2 took a quarter less time there. Rows that kMR does not
-// divide are cut so that none are left to wait for their own sums.
-#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
-constexpr int kMR = 12, kEvenly = 16;  // as 8 + 8
-#elif HWY_ARCH_ARM_A64
-constexpr int kMR = 8, kEvenly = 0;
+// 32 vector registers hold 8 x 2 accumulators and hide the latency of both FMA units (12 x 2 are no faster); 16 registers hold 6 x 2.
+#if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
+constexpr int kMR = 8;
 #else
-constexpr int kMR = 6, kEvenly = 8;  // as 4 + 4
+constexpr int kMR = 6;
 #endif
 constexpr int kNV = 2;
 
@@ -83,8 +79,8 @@ class Ahead {
     const std::byte* row;
     Index rows, step, bytes;
   };
-  static constexpr int kMost = 4;
-  static constexpr int kRowsPerStep = kMR > 6 ? 2 : 1;  // so that a half chunk's products have steps for four tensors' rows
+  static constexpr int kMost = 8;
+  static constexpr int kRowsPerStep = kMR > 6 ? 2 : 1;  // so that a half chunk's products have steps enough
   Run runs_[kMost];
   int count_ = 0, at_ = 0;
 };
@@ -93,14 +89,14 @@ template <int MR, int NV>
 HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b, Index j, const Out& c) {
   const DF d;
   VF acc[MR][NV];
-  FLASHDELTA_UNROLL(12) for (int r = 0; r < MR; ++r) { FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::Zero(d); }
+  FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r) { FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::Zero(d); }
   const float* HWY_RESTRICT ap = a.data + i * a.row + p0 * a.depth;
   const float* HWY_RESTRICT bp = b.data + p0 * b.ld + j;
   const Index row = a.row, depth = a.depth, ld = b.ld;
   for (Index p = p0; p < p1; ++p, ap += depth, bp += ld) {
     VF bv[NV];
     FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) bv[v] = hn::LoadU(d, bp + v * kLanes);
-    FLASHDELTA_UNROLL(12) for (int r = 0; r < MR; ++r) {
+    FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r) {
       const VF av = hn::Set(d, ap[r * row]);
       FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) acc[r][v] = hn::MulAdd(av, bv[v], acc[r][v]);
     }
@@ -111,14 +107,14 @@ HWY_INLINE void Micro(Index p0, Index p1, const Left& a, Index i, const Right& b
   const float sign = c.rows == nullptr ? 1 : c.alpha;
   if (c.c0 != 0) {
     const VF c0 = hn::Set(d, c.c0);
-    FLASHDELTA_UNROLL(12) for (int r = 0; r < MR; ++r, out += c.ld) {
+    FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
       const VF factor = hn::Set(d, sign * factors[r * step]);
       FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) {
         hn::StoreU(hn::MulAdd(acc[r][v], factor, hn::Mul(c0, hn::LoadU(d, out + v * kLanes))), d, out + v * kLanes);
       }
     }
   } else {
-    FLASHDELTA_UNROLL(12) for (int r = 0; r < MR; ++r, out += c.ld) {
+    FLASHDELTA_UNROLL(8) for (int r = 0; r < MR; ++r, out += c.ld) {
       const VF factor = hn::Set(d, sign * factors[r * step]);
       FLASHDELTA_UNROLL(2) for (int v = 0; v < NV; ++v) hn::StoreU(hn::Mul(acc[r][v], factor), d, out + v * kLanes);
     }
@@ -143,10 +139,8 @@ HWY_INLINE void Panel(Index m, Index depth, const Left& a, const Right& b, Index
       for (; i < j + kLanes; i += kDiagonal) Micro<kDiagonal, 1>(0, depth, a, i, b, j, c);
     }
   }
-  for (; i + kMR <= m && m - i != kEvenly; i += kMR) rows(std::integral_constant<int, kMR>{}, i);
-  if (kMR > 8) {
-    for (; i + 8 <= m; i += 8) rows(std::integral_constant<int, std::min(8, kMR)>{}, i);
-  }
+  // Eight rows are left as 4 + 4: with 6 + 2 the two would wait for their own sums.
+  for (; i + kMR <= m && (kMR == 8 || m - i != 8); i += kMR) rows(std::integral_constant<int, kMR>{}, i);
   for (; i + 4 <= m; i += 4) rows(std::integral_constant<int, 4>{}, i);
   if (i + 2 <= m) {
     rows(std::integral_constant<int, 2>{}, i);
