@@ -29,6 +29,22 @@ struct Layout : SegmentLayout {
         bytes(static_cast<std::size_t>(flags_at + boundaries)) {}
 };
 
+// Value columns of an item from a chunk on. They depend on one another through T and P alone, which everyone who has some makes.
+struct Part {
+  std::int64_t item = 0, chunk = 0;
+  Columns columns;
+};
+
+// How many threads can work side by side on that many chunks of some columns.
+std::int64_t shares(const Columns& columns, std::int64_t chunks) {
+  return chunks < kLeastShared ? 1 : (columns.last - columns.first + kValueBlock - 1) / kValueBlock;
+}
+
+// What Sharing's asker goes by.
+std::int64_t to_share(const Columns& columns, std::int64_t chunks) {
+  return shares(columns, chunks) > 1 ? chunks * (columns.last - columns.first) : 0;
+}
+
 class Run {
  public:
   explicit Run(const op::Problem& p)
@@ -40,12 +56,12 @@ class Run {
       scan();
     }
     items_ = items_of(at_.cuts, p_.HV, [](const Cut&, std::int64_t) { return true; });
-    std::int64_t shares = 0;
+    std::int64_t busy = 0;
     for (const Item& x : items_) {
       const Span span = segment(p_, *x.cut, x.j);
-      shares += Sharing::shares({0, p_.V}, span.last - span.first);
+      busy += shares({0, p_.V}, span.last - span.first);
     }
-    parallel_for(shares, at_.threads, [&](std::int64_t, int thread) { work(thread); });
+    parallel_for(busy, at_.threads, [&](std::int64_t, int thread) { work(thread); });
     for (const op::Tensor* x : {&p_.o, &p_.saved_c, &p_.saved_T}) clear_outside(p_, *x);
     if (p_.saved_states) clear_unused_states();
     op::store_segment_counts(p_, {warmed_up_, at_.boundaries - warmed_up_, warm_up_chunks_});
@@ -124,23 +140,23 @@ class Run {
       if (x.j == 0) kernels_.load_state(p_.initial_state, x.cut->n, x.head, p_.K, p_.V, s);
       full({i, segment(p_, *x.cut, x.j).first, {0, p_.V}}, s, thread);
     }
-    for (Part part; sharing_.ask(thread, &part);) full(part, own_state(thread), thread);
+    for (Part part; sharing_.ask(thread, false, &part);) full(part, own_state(thread), thread);
   }
 
   void full(Part part, float* s, int thread) {
     const Item& x = items_[static_cast<std::size_t>(part.item)];
     const Span span = segment(p_, *x.cut, x.j);
-    sharing_.open(thread, part.columns, span.last - part.chunk);
+    sharing_.open(thread, to_share(part.columns, span.last - part.chunk));
     while (part.chunk < span.last) {
       kernels_.forward(p_, {span.n, part.chunk, part.chunk + 1}, x.head, part.columns, Pass::full, s, scratch(thread));
       ++part.chunk;
       const int asking = sharing_.asking(thread);
-      if (asking >= 0 && Sharing::shares(part.columns, span.last - part.chunk) > 1) {
+      if (asking >= 0 && shares(part.columns, span.last - part.chunk) > 1) {
         give_half(&part, s, thread, asking);
       } else if (asking >= 0) {
         sharing_.refuse(thread, asking);
       }
-      sharing_.left(thread, part.columns, span.last - part.chunk);
+      sharing_.set_left(thread, to_share(part.columns, span.last - part.chunk));
     }
     sharing_.close(thread);
     if (p_.final_state && x.j + 1 == x.cut->count) {
@@ -167,7 +183,7 @@ class Run {
   std::byte* base_;
   std::vector<Item> items_;
   std::atomic<std::int64_t> next_{0};
-  Sharing sharing_{at_.threads};
+  Sharing<Part> sharing_{at_.threads};
   std::atomic<std::int64_t> warmed_up_{0}, warm_up_chunks_{0};  // boundaries and chunks; for segment_counts
 };
 

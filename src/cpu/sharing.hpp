@@ -1,5 +1,4 @@
-// Threads that run out of items take part of others' items: half of the value columns, whose blocks are independent of one another. No bit
-// depends on who works on which. Only what all columns of a chunk need (T and P) is then made twice.
+// Threads that run out of items take over part of what others have begun. What can be taken leaves no trace in any bit.
 #pragma once
 
 #include <atomic>
@@ -8,39 +7,26 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/kernels.hpp"
-
 namespace flashdelta::cpu {
 
-// Value columns of an item from a chunk on.
-struct Part {
-  std::int64_t item = 0, chunk = 0;
-  Columns columns;
-};
-
-// Who works on how much, and who asks whom for part of it. Threads ask between items and are answered between chunks.
+// Who works on how much, and who asks whom for part of it. Threads ask between items, and are answered between chunks.
+template <class Part>
 class Sharing {
  public:
   explicit Sharing(int threads) : workers_(static_cast<std::size_t>(threads)) {}
 
-  // From now on thread `self` may be asked. Its part has `chunks` left.
-  void open(int self, const Columns& columns, std::int64_t chunks) {
-    left(self, columns, chunks);
+  // From now on thread `self` may be asked. `left` is how much there is to take, in any unit; 0: nothing.
+  void open(int self, std::int64_t left) {
+    set_left(self, left);
     workers_[at(self)].asking.store(kNobody, std::memory_order_release);
   }
+  void set_left(int self, std::int64_t left) { workers_[at(self)].left.store(left, std::memory_order_relaxed); }
 
-  // The thread that asks `self`, or a negative number; then one of give() and refuse() must follow.
+  // How long thread `self` lately took for a chunk, in any unit.
+  void set_pace(int self, std::int64_t time) { workers_[at(self)].pace.store(time, std::memory_order_relaxed); }
+
+  // The thread that asks `self`, or a negative number; then give() or refuse() must follow.
   [[nodiscard]] int asking(int self) const { return workers_[at(self)].asking.load(std::memory_order_acquire); }
-
-  void left(int self, const Columns& columns, std::int64_t chunks) {
-    const std::int64_t left = shares(columns, chunks) > 1 ? chunks * (columns.last - columns.first) : 0;
-    workers_[at(self)].left.store(left, std::memory_order_relaxed);
-  }
-
-  // How many threads can work side by side on that many chunks of some columns.
-  [[nodiscard]] static std::int64_t shares(const Columns& columns, std::int64_t chunks) {
-    return chunks < kLeastChunks ? 1 : (columns.last - columns.first + kValueBlock - 1) / kValueBlock;
-  }
 
   void give(int self, int thread, const Part& part) {
     workers_[at(thread)].given = part;
@@ -54,22 +40,27 @@ class Sharing {
 
   // The end of what open() began; who asks now comes too late.
   void close(int self) {
-    workers_[at(self)].left.store(0, std::memory_order_relaxed);
+    set_left(self, 0);
     const int thread = workers_[at(self)].asking.exchange(kClosed, std::memory_order_acq_rel);
     if (thread >= 0) answer(thread, kRefused);
   }
 
-  // Part of what some other thread works on, that with the most left; false where none has enough.
-  bool ask(int self, Part* part) {
+  // Part of what some other thread works on, that with the most left; false where none has anything. With `slower` only threads count that
+  // take a quarter longer for a chunk than `self`.
+  bool ask(int self, bool slower, Part* part) {
     Worker& me = workers_[at(self)];
+    const std::int64_t pace = me.pace.load(std::memory_order_relaxed);
     for (;;) {
       Worker* most = nullptr;
+      std::int64_t most_left = 0;
       bool any = false;
       for (Worker& worker : workers_) {
         const std::int64_t left = worker.left.load(std::memory_order_relaxed);
-        any = any || left > 0;
-        const bool free = worker.asking.load(std::memory_order_relaxed) == kNobody;
-        if (free && left > (most == nullptr ? 0 : most->left.load(std::memory_order_relaxed))) most = &worker;
+        if (left == 0 || (slower && worker.pace.load(std::memory_order_relaxed) * 4 < pace * 5)) continue;
+        any = true;
+        if (left <= most_left || worker.asking.load(std::memory_order_relaxed) != kNobody) continue;
+        most = &worker;
+        most_left = left;
       }
       if (!any) return false;
       me.answer.store(kWaiting, std::memory_order_relaxed);
@@ -86,14 +77,12 @@ class Sharing {
   }
 
  private:
-  // With fewer chunks left the answer may come when there is nothing to gain any more.
-  static constexpr std::int64_t kLeastChunks = 4;
   static constexpr int kNobody = -1, kClosed = -2;
   enum Answer : int { kWaiting, kGiven, kRefused };
 
   struct alignas(64) Worker {
     std::atomic<int> asking{kClosed};
-    std::atomic<std::int64_t> left{0};  // chunks times columns that are worth sharing
+    std::atomic<std::int64_t> left{0}, pace{0};
     std::atomic<int> answer{kWaiting};
     Part given;
   };
@@ -106,5 +95,8 @@ class Sharing {
 
   std::vector<Worker> workers_;
 };
+
+// With fewer chunks left than this the answer may come when there is nothing to gain any more.
+constexpr std::int64_t kLeastShared = 4;
 
 }  // namespace flashdelta::cpu

@@ -1,5 +1,7 @@
-// Threads without an item of their own take value columns of others' items.
+// Threads without an item of their own take value columns of others' items, or, backward, what slower ones have left.
 #include <gtest/gtest.h>
+
+#include <thread>
 
 #include "cpu/sharing.hpp"
 #include "support/case.hpp"
@@ -32,38 +34,58 @@ TEST(CpuSharing, DoesNotShowInTheBitsOfSegmentsAndPacks) {
   }
 }
 
-TEST(CpuSharing, NobodyIsAskedWhoHasTooLittle) {
-  cpu::Sharing sharing(2);
-  cpu::Part part;
-  EXPECT_FALSE(sharing.ask(1, &part));
-  sharing.open(0, {0, 32}, 100);  // one block of columns
-  EXPECT_FALSE(sharing.ask(1, &part));
+TEST(CpuSharing, DoesNotShowInTheBitsOfGradients) {
+  for (const std::int64_t HV : {3, 12}) {  // 12: in groups of value heads
+    for (const int every : {1, 3}) {
+      Call call = make_call({.name = "Sharing", .T = 700, .H = 3, .HV = HV, .K = 40, .V = 72, .gate = Gate::in_kernel});
+      call.options.checkpoint_chunks = every;
+      call.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
+      call.options.num_threads = 1;
+      const Tensors one = forward_and_backward(call);
+      for (const int threads : {2, 3, 8}) {
+        call.options.num_threads = threads;
+        expect_same_bits(forward_and_backward(call), one, std::to_string(threads) + " threads");
+      }
+    }
+  }
+}
+
+TEST(CpuSharing, NobodyIsAskedWhoHasNothingOrIsNotSlower) {
+  cpu::Sharing<int> sharing(2);
+  int part = 0;
+  EXPECT_FALSE(sharing.ask(1, false, &part));
+  sharing.open(0, 0);
+  EXPECT_FALSE(sharing.ask(1, false, &part));
+  sharing.set_left(0, 10);
+  sharing.set_pace(0, 124);
+  sharing.set_pace(1, 100);
+  EXPECT_FALSE(sharing.ask(1, true, &part));
   sharing.close(0);
-  sharing.open(0, {0, 128}, 1);
-  EXPECT_FALSE(sharing.ask(1, &part));
-  sharing.close(0);
-  EXPECT_EQ(cpu::Sharing::shares({0, 128}, 100), 4);
-  EXPECT_EQ(cpu::Sharing::shares({0, 128}, 1), 1);
+  EXPECT_FALSE(sharing.ask(1, false, &part));
 }
 
 TEST(CpuSharing, WhoAsksGetsAnAnswer) {
-  cpu::Sharing sharing(2);
-  for (const bool gives : {true, false}) {
-    sharing.open(0, {0, 128}, 100);
-    cpu::Part part;
-    bool got = false;
-    std::thread thief([&] { got = sharing.ask(1, &part); });
-    while (sharing.asking(0) < 0) std::this_thread::yield();
-    EXPECT_EQ(sharing.asking(0), 1);
-    if (gives) sharing.give(0, 1, {7, 3, {64, 128}});
-    sharing.close(0);
-    thief.join();
-    EXPECT_EQ(got, gives);
-    if (gives) {
-      EXPECT_EQ(part.item, 7);
-      EXPECT_EQ(part.chunk, 3);
-      EXPECT_EQ(part.columns.first, 64);
-      EXPECT_EQ(part.columns.last, 128);
+  enum class Way : std::uint8_t { give, refuse, close };
+  for (const bool slower : {false, true}) {
+    for (const Way way : {Way::give, Way::refuse, Way::close}) {
+      cpu::Sharing<int> sharing(2);
+      sharing.set_pace(0, 125);
+      sharing.set_pace(1, 100);
+      sharing.open(0, 100);
+      int part = 0;
+      bool got = false;
+      std::thread asker([&] { got = sharing.ask(1, slower, &part); });
+      while (sharing.asking(0) < 0) std::this_thread::yield();
+      EXPECT_EQ(sharing.asking(0), 1);
+      if (way == Way::give) sharing.give(0, 1, 7);
+      if (way == Way::refuse) {
+        sharing.set_left(0, 0);
+        sharing.refuse(0, 1);
+      }
+      sharing.close(0);
+      asker.join();
+      EXPECT_EQ(got, way == Way::give);
+      EXPECT_EQ(part, way == Way::give ? 7 : 0);
     }
   }
 }

@@ -190,7 +190,7 @@ void Backward(const op::Problem& p, const Span& span, std::int64_t h, std::int64
         x.at = HalfOf(at, half);
         x.first = HalfOf(at, 0);
         x.second = half > 0;
-        const bool more = half == 0 && chunk > span.first;
+        const bool more = half == 0 && chunk > 0;
         x.next_whole = more ? PlaceOf(p, span.n, chunk - 1) : Place{};
         x.next = half > 0 ? x.first : HalfOf(x.next_whole, 1);
         const Index next_slot = more && e == 1 ? from.slot - 1 : -1;
