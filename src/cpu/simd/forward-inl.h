@@ -38,7 +38,7 @@ HWY_NOINLINE void SaveChunk(const op::Problem& p, const Place& at, Index h, Inde
     std::memcpy(p.saved_c.at(at.b, at.t + i, h), &c, sizeof(c));
   }
   if (!p.saved_T) return;
-  const ChunkScratch s(p, scratch);
+  const ChunkScratch<kC> s(p, scratch);
   PrepareChunk<kC>(p, at, hk, false, gates, s);
   for (Index i = 0; i < at.rows; ++i) {
     StoreRow(p.saved_T.dtype, p.saved_T.at(at.b, at.t + i, h, 0), p.saved_T.stride[3], kC, s.T + i * kSquare<kC>);
