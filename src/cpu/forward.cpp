@@ -59,7 +59,8 @@ class Run {
     std::int64_t busy = 0;
     for (const Item& x : items_) {
       const Span span = segment(p_, *x.cut, x.j);
-      busy += shares({0, p_.V}, span.last - span.first);
+      // A thread that gets no item of its own takes as long to start as any.
+      busy += span.last - span.first < 4 * kLeastShared ? 1 : shares({0, p_.V}, span.last - span.first);
     }
     parallel_for(busy, at_.threads, [&](std::int64_t, int thread) { work(thread); });
     for (const op::Tensor* x : {&p_.o, &p_.saved_c, &p_.saved_T}) clear_outside(p_, *x);

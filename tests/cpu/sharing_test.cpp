@@ -11,7 +11,7 @@ namespace {
 
 TEST(CpuSharing, DoesNotShowInTheBits) {
   for (const std::int64_t HV : {1, 2, 5}) {
-    Call call = make_call({.name = "Sharing", .T = 700, .HV = HV, .K = 40, .V = 120, .dtype = DType::bf16});
+    Call call = make_call({.name = "Sharing", .T = 1100, .HV = HV, .K = 40, .V = 120, .dtype = DType::bf16});
     call.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
     call.options.num_threads = 1;
     const Tensors one = chunk_forward(call);
