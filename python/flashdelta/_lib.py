@@ -123,8 +123,8 @@ def library() -> ctypes.CDLL:
     lib.flashdelta_version.restype = ctypes.c_char_p
     lib.flashdelta_ffi_cpu_peak_gflops.argtypes = [ctypes.c_int32, ctypes.c_int32]
     lib.flashdelta_ffi_cpu_peak_gflops.restype = ctypes.c_double
-    lib.flashdelta_ffi_cpu_separate_passes.argtypes = [ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
-    lib.flashdelta_ffi_cpu_separate_passes.restype = ctypes.c_double
+    lib.flashdelta_ffi_cpu_separate_passes.argtypes = [ctypes.c_void_p]
+    lib.flashdelta_ffi_cpu_separate_passes.restype = ctypes.c_int32
     return lib
 
 
@@ -171,31 +171,46 @@ def _workspace_size(operation: str, options: Options, addresses: list[int]) -> i
     return needed.value
 
 
-def workspace_size(operation: str, tensors: Sequence[TensorView | None], options: Options) -> int:
-    """Bytes of workspace that `call` with the same arguments takes; it checks them all and raises as `call` does."""
-    block, addresses = _pack_tensors(tensors)
-    size = _workspace_size(operation, options, addresses)
-    del block  # held until here: the arguments point into it
-    return size
-
-
-def call(operation: str, tensors: Sequence[TensorView | None], options: Options, workspace: Callable[[int], Any]) -> None:
-    """Runs an operation of the C ABI.
+def prepare(
+    operation: str, tensors: Sequence[TensorView | None], options: Options, workspace: Callable[[int], Any]
+) -> tuple[Callable[[], None], int]:
+    """Checks the arguments of an operation of the C ABI and lays them out.
 
     Args:
-        operation: "chunk_forward", "recurrent_forward" or "chunk_backward".
+        operation: "chunk_forward", "recurrent_forward" or "chunk_backward"; for benchmarks also "separate_passes", which is
+            recurrent_forward as ggml schedules it: a pass over the state for each of decay, read, update and output. CPU only.
         tensors: in the order of ``FORWARD_TENSORS`` or ``BACKWARD_TENSORS``.
         options: the options.
         workspace: makes a workspace of so many bytes: an object with ``address``, alive while it is held.
 
+    Returns:
+        What runs the call, as often as it is called; it holds the workspace, but not what the tensors view. And the workspace's bytes.
+
     Raises:
         ValueError, TypeError, RuntimeError: what the library refuses, in its words.
     """
+    separate = operation == "separate_passes"
+    checked = "recurrent_forward" if separate else operation
     block, addresses = _pack_tensors(tensors)
-    size = _workspace_size(operation, options, addresses)
+    size = _workspace_size(checked, options, addresses)
     space = workspace(size) if size else None
-    check(getattr(library(), f"flashdelta_{operation}")(_ARGS[operation].pack(options, addresses, space.address if space else 0, size)))
-    del block  # held until here: the arguments point into it
+    args = _ARGS[checked].pack(options, addresses, space.address if space else 0, size)
+    function = library().flashdelta_ffi_cpu_separate_passes if separate else getattr(library(), f"flashdelta_{operation}")
+
+    def run(held: Any = (block, space)) -> None:  # the arguments point into what is held
+        status = function(args)
+        if separate and not status:
+            raise RuntimeError("separate_passes: runs on the cpu backend only")
+        if not separate:
+            check(status)
+
+    return run, size
+
+
+def call(operation: str, tensors: Sequence[TensorView | None], options: Options, workspace: Callable[[int], Any]) -> None:
+    """Runs an operation of the C ABI once; arguments and errors are those of `prepare`."""
+    run, _ = prepare(operation, tensors, options, workspace)
+    run()
 
 
 def info() -> dict[str, Any]:
@@ -226,24 +241,3 @@ def cpu_peak_gflops(instruction_set: str, threads: int) -> float | None:
 
     peak = library().flashdelta_ffi_cpu_peak_gflops(INSTRUCTION_SET[instruction_set], threads)
     return peak if peak > 0 else None
-
-
-@functools.cache
-def cpu_separate_passes(instruction_set: str, threads: int, key_width: int, value_width: int) -> float | None:
-    """Measures the token loop with ggml's schedule: one pass over the state for each of decay, read, update and output; takes 0.2 s.
-
-    Benchmarks compare with it besides the library's own token-by-token path, which makes one pass of the four.
-
-    Args:
-        instruction_set: "best", "baseline", "avx2" or "avx512".
-        threads: each runs a head of its own; 0 stands for all that calls may use.
-        key_width: K, channels of a key.
-        value_width: V, channels of a value.
-
-    Returns:
-        Seconds per token and head, all threads together; None where it cannot run here.
-    """
-    from flashdelta._options import INSTRUCTION_SET
-
-    rate = library().flashdelta_ffi_cpu_separate_passes(INSTRUCTION_SET[instruction_set], threads, key_width, value_width)
-    return 1 / rate if rate > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,15 @@ def _call(operation: str, inputs: dict[str, Any], outputs: dict[str, Any], optio
     _lib.call(operation, _views(operation, inputs, outputs), options, _Workspace)
 
 
-def workspace_size(operation: str, inputs: dict[str, Any], outputs: dict[str, Any], options: Options) -> int:
-    """Bytes of workspace that `operation` takes; arrays by the names of the C ABI's fields, absent ones left out."""
-    return _lib.workspace_size(operation, _views(operation, inputs, outputs), options)
+def prepare(operation: str, inputs: dict[str, Any], outputs: dict[str, Any], options: Options) -> tuple[Callable[[], None], int]:
+    """``_lib.prepare`` on arrays by the names of the C ABI's fields, absent ones left out: a call to make again and again, on outputs and
+    a workspace that exist already."""
+    run, size = _lib.prepare(operation, _views(operation, inputs, outputs), options, _Workspace)
+
+    def prepared(held: Any = (inputs, outputs)) -> None:
+        run()
+
+    return prepared, size
 
 
 def _offsets(cu_seqlens: Any) -> Array | None:

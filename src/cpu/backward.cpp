@@ -1,9 +1,14 @@
 // Schedules the backward pass: one item per (sequence, key head), which sums dq and dk over its value heads, or per segment of it.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <vector>
 
 #include "cpu/cpu.hpp"
 #include "cpu/scratch.hpp"
 #include "cpu/segments.hpp"
+#include "cpu/sharing.hpp"
 #include "cpu/threads.hpp"
 #include "op/element.hpp"
 
@@ -28,6 +33,11 @@ struct Layout : SegmentLayout {
         bytes(static_cast<std::size_t>(flags_at + boundaries)) {}
 };
 
+// What is left of an item: of the group of value heads that starts at `head`, the chunks before `last`; then the groups after it.
+struct Part {
+  std::int64_t item = 0, head = 0, last = 0;
+};
+
 class Run {
  public:
   explicit Run(const op::Problem& p)
@@ -38,9 +48,8 @@ class Run {
       find_boundary_gradients();
       scan();
     }
-    const auto items = items_of(at_.cuts, p_.H, [](const Cut&, std::int64_t) { return true; });
-    parallel_for(static_cast<std::int64_t>(items.size()), at_.threads,
-                 [&](std::int64_t i, int thread) { full(items[static_cast<std::size_t>(i)], scratch(thread)); });
+    items_ = items_of(at_.cuts, p_.H, [](const Cut&, std::int64_t) { return true; });
+    parallel_for(static_cast<std::int64_t>(items_.size()), at_.threads, [&](std::int64_t, int thread) { work(thread); });
     if (p_.gate_in_kernel) store_gate_sums();
     for (const op::Tensor* x : {&p_.dq, &p_.dk, &p_.dv, &p_.dg, &p_.dbeta}) clear_outside(p_, *x);
   }
@@ -99,30 +108,88 @@ class Run {
     });
   }
 
-  void full(const Item& x, float* scratch) const {
+  // A thread's share of the items, and of what slower ones have begun.
+  void work(int thread) {
+    const auto count = static_cast<std::int64_t>(items_.size());
+    for (std::int64_t i = next_++; i < count; i = next_++) {
+      const Item& x = items_[static_cast<std::size_t>(i)];
+      full({i, 0, segment(p_, *x.cut, x.j).last}, false, thread);
+    }
+    for (Part part; sharing_.ask(thread, true, &part);) full(part, true, thread);
+  }
+
+  // `begun`: what the group has so far stands in the thread's scratch.
+  void full(Part part, bool begun, int thread) {
     const HeadGroups& groups = at_.groups;
-    for (std::int64_t r = 0; r < groups.ratio; r += groups.live ? groups.ratio : groups.at(r)) {
-      full(x, x.head * groups.ratio + r, groups.live ? groups.ratio : groups.at(r), scratch);
+    const Item& x = items_[static_cast<std::size_t>(part.item)];
+    const Span span = segment(p_, *x.cut, x.j);
+    while (part.head < groups.ratio) {
+      const std::int64_t count = heads(part);
+      if (!begun) begin(x, part, thread);
+      if (!run_group(x, span, &part, thread)) return;
+      finish(x, part, thread);
+      part.head += count;
+      part.last = span.last;
+      begun = false;
     }
   }
 
-  // Value heads [h0, h0 + count) of an item.
-  void full(const Item& x, std::int64_t h0, std::int64_t count, float* scratch) const {
-    const Cut& cut = *x.cut;
-    float* d_states = scratch + at_.scratch - count * at_.state;
-    std::vector<double> gate_sums(static_cast<std::size_t>(2 * count));
-    for (std::int64_t i = 0; i < count; ++i) {
-      float* s = d_states + i * at_.state;
-      if (x.j + 1 == cut.count) {
-        kernels_.load_state(p_.d_final_state, cut.n, h0 + i, p_.K, p_.V, s);
+  [[nodiscard]] std::int64_t heads(const Part& part) const { return at_.groups.live ? at_.groups.ratio : at_.groups.at(part.head); }
+  [[nodiscard]] std::int64_t head(const Item& x, const Part& part) const { return x.head * at_.groups.ratio + part.head; }
+  [[nodiscard]] float* d_states(const Part& part, int thread) const { return scratch(thread) + at_.scratch - heads(part) * at_.state; }
+
+  void begin(const Item& x, const Part& part, int thread) {
+    gate_sums_[static_cast<std::size_t>(thread)].assign(static_cast<std::size_t>(2 * heads(part)), 0);
+    for (std::int64_t i = 0; i < heads(part); ++i) {
+      float* s = d_states(part, thread) + i * at_.state;
+      if (x.j + 1 == x.cut->count) {
+        kernels_.load_state(p_.d_final_state, x.cut->n, head(x, part) + i, p_.K, p_.V, s);
       } else {
-        std::memcpy(s, after(cut, h0 + i, x.j), static_cast<std::size_t>(at_.state) * sizeof(float));
+        std::memcpy(s, after(*x.cut, head(x, part) + i, x.j), static_cast<std::size_t>(at_.state) * sizeof(float));
       }
     }
-    kernels_.backward(p_, segment(p_, cut, x.j), h0, count, d_states, gate_sums.data(), scratch);
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (p_.d_initial_state && x.j == 0) kernels_.store_state(p_.d_initial_state, cut.n, h0 + i, p_.K, p_.V, d_states + i * at_.state);
-      if (p_.gate_in_kernel) std::memcpy(sums(cut, h0 + i, x.j), &gate_sums[static_cast<std::size_t>(2 * i)], 2 * sizeof(double));
+  }
+
+  // False where a faster thread took over.
+  bool run_group(const Item& x, const Span& span, Part* part, int thread) {
+    using Clock = std::chrono::steady_clock;
+    double* gate_sums = gate_sums_[static_cast<std::size_t>(thread)].data();
+    const auto left = [&] { return part->last - span.first < kLeastShared ? 0 : part->last - span.first; };
+    sharing_.open(thread, left());
+    while (part->last > span.first) {
+      // As much as is recomputed from one checkpoint.
+      const std::int64_t first = std::max(span.first, (part->last - 1) / p_.checkpoint_chunks * p_.checkpoint_chunks);
+      const auto start = Clock::now();
+      kernels_.backward(p_, {span.n, first, part->last}, head(x, *part), heads(*part), d_states(*part, thread), gate_sums, scratch(thread));
+      sharing_.set_pace(thread, (Clock::now() - start).count() / (part->last - first));
+      part->last = first;
+      const int asking = sharing_.asking(thread);
+      if (asking >= 0 && left() > 0) {
+        hand_over(*part, thread, asking);
+        return false;
+      }
+      if (asking >= 0) sharing_.refuse(thread, asking);
+      sharing_.set_left(thread, left());
+    }
+    sharing_.close(thread);
+    return true;
+  }
+
+  void hand_over(const Part& part, int thread, int asking) {
+    gate_sums_[static_cast<std::size_t>(asking)] = gate_sums_[static_cast<std::size_t>(thread)];
+    std::memcpy(d_states(part, asking), d_states(part, thread), static_cast<std::size_t>(heads(part) * at_.state) * sizeof(float));
+    sharing_.give(thread, asking, part);
+    sharing_.close(thread);
+  }
+
+  void finish(const Item& x, const Part& part, int thread) const {
+    for (std::int64_t i = 0; i < heads(part); ++i) {
+      if (p_.d_initial_state && x.j == 0) {
+        kernels_.store_state(p_.d_initial_state, x.cut->n, head(x, part) + i, p_.K, {0, p_.V}, d_states(part, thread) + i * at_.state);
+      }
+      if (!p_.gate_in_kernel) continue;
+      std::memcpy(sums(*x.cut, head(x, part) + i, x.j), &gate_sums_[static_cast<std::size_t>(thread)][static_cast<std::size_t>(2 * i)],
+                  2 * sizeof(double));
     }
   }
 
@@ -146,6 +213,10 @@ class Run {
   const Kernels& kernels_;
   Layout at_;
   std::byte* base_;
+  std::vector<Item> items_;
+  std::atomic<std::int64_t> next_{0};
+  std::vector<std::vector<double>> gate_sums_{static_cast<std::size_t>(at_.threads)};  // of each thread's group
+  Sharing<Part> sharing_{at_.threads};
 };
 
 }  // namespace

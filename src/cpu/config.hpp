@@ -13,8 +13,9 @@ constexpr int kChunk = FLASHDELTA_CHUNK;
 // What a thread's scratch has to stay below; the widths that follow are chosen for it.
 constexpr std::int64_t kScratchBytes = 512 << 10;
 
-// Tokens that the backward works on at a time: half a chunk. Its tiles of keys take half the room then. The state between the halves costs
-// one more step of the forward, products of tokens with tokens half of what they would: together no more work at K = V = 128.
+// Tokens that are worked on at a time: half a chunk, whose products of tokens with tokens are half the work, and whose tiles of keys stay
+// in the L1 cache beside a block of the state. The backward makes the state between the halves again for that: together no more work at K =
+// V = 128.
 constexpr int kHalf = kChunk / 2;
 
 // Value columns that are worked on at a time. A row of them is two cache lines, the widest panel of a product: tiles of such rows use all

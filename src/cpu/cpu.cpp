@@ -55,9 +55,4 @@ double peak_gflops(flashdelta_instruction_set set, int threads) {
   return kernels == nullptr ? 0 : 2e-9 * over_threads(threads, [&] { return kernels->peak_macs(kMeasure); });
 }
 
-double separate_passes_tokens_per_second(flashdelta_instruction_set set, int threads, std::int64_t K, std::int64_t V) {
-  const Kernels* kernels = find_kernels(set);
-  return kernels == nullptr ? 0 : over_threads(threads, [&] { return 1 / kernels->separate_passes(K, V, kMeasure); });
-}
-
 }  // namespace flashdelta::cpu

@@ -27,8 +27,8 @@ bool usable(flashdelta_instruction_set set);
 // Measured peak of `threads` threads (0: all) on fused multiply-adds, in GFLOP/s: what benchmarks compare with. 0 if not usable.
 double peak_gflops(flashdelta_instruction_set set, int threads);
 
-// Tokens times heads per second of `threads` threads, each running ggml's schedule of the token loop (one pass over the state for each
-// of decay, read, update, output) on a head of its own: the other comparison of benchmarks. 0 if not usable.
-double separate_passes_tokens_per_second(flashdelta_instruction_set set, int threads, std::int64_t K, std::int64_t V);
+// recurrent_forward as ggml schedules it, one pass over the state for each of decay, read, update and output; its problem, its workspace.
+// The other comparison of benchmarks.
+void separate_passes_forward(const op::Problem& problem);
 
 }  // namespace flashdelta::cpu

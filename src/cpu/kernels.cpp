@@ -36,7 +36,8 @@ double PeakMacs(double seconds) {
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {Forward, BackwardState, Backward, Recurrent, LoadState, StoreState, ApplyTransition, PeakMacs, SeparatePasses};
+const Kernels kKernels = {Forward,    BackwardState,   Backward, Recurrent<OnePass>, Recurrent<SeparatePasses>, LoadState,
+                          StoreState, ApplyTransition, PeakMacs};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace flashdelta::cpu

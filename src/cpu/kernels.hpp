@@ -14,6 +14,11 @@ struct Span {
   std::int64_t n = 0, first = 0, last = 0;
 };
 
+// Value columns [first, last) of a state: whole blocks of kValueBlock, but for the state's end.
+struct Columns {
+  std::int64_t first = 0, last = 0;
+};
+
 // What a pass over a segment makes.
 enum class Pass : std::uint8_t {
   full,        // outputs, or gradients
@@ -30,9 +35,10 @@ constexpr std::int64_t state_at(std::int64_t K, std::int64_t width, std::int64_t
 }
 
 struct Kernels {
-  // Runs the chunks of `span` for value head h. `state` is the state before them and becomes that after them; its width is V, or K for
-  // Pass::transition. scratch: forward_scratch() floats, 64-byte aligned.
-  void (*forward)(const op::Problem&, const Span&, std::int64_t h, Pass, float* state, float* scratch);
+  // Runs the chunks of `span` for some value columns of value head h. `state` is the state before them and becomes that after them; its
+  // width is V, or K for Pass::transition. Whoever has column 0 also writes saved_c and saved_T. scratch: forward_scratch() floats, 64-byte
+  // aligned.
+  void (*forward)(const op::Problem&, const Span&, std::int64_t h, const Columns&, Pass, float* state, float* scratch);
 
   // The reverse chain for one value head: `d_state` is the gradient after the span and becomes that before it.
   void (*backward_state)(const op::Problem&, const Span&, std::int64_t h, Pass, float* d_state, float* scratch);
@@ -41,21 +47,20 @@ struct Kernels {
   // holds as many of the above, one behind the other. gate_sums [count][2] gathers the parts of dA_log and d_dt_bias.
   void (*backward)(const op::Problem&, const Span&, std::int64_t h, std::int64_t count, float* d_states, double* gate_sums, float* scratch);
 
-  // All tokens of sequence n, value head h, token by token.
+  // All tokens of sequence n, value head h, token by token. separate_passes is the same rule as ggml schedules it, a pass over the state
+  // for each of decay, read, update and output: what benchmarks compare with.
   void (*recurrent)(const op::Problem&, std::int64_t n, std::int64_t h, float* scratch);
+  void (*separate_passes)(const op::Problem&, std::int64_t n, std::int64_t h, float* scratch);
 
-  // state from / to a states tensor's (n, h); an absent source means zero.
+  // state from / to a states tensor's (n, h), or some value columns of it; an absent source means zero.
   void (*load_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, float* state);
-  void (*store_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, const float* state);
+  void (*store_state)(const op::Tensor&, std::int64_t n, std::int64_t h, std::int64_t K, const Columns&, const float* state);
 
   // b += m * s for the transition m and states s, b: one step of the scan over segments.
   void (*apply_transition)(std::int64_t K, std::int64_t V, const float* m, const float* s, float* b);
 
   // Multiply-adds per second in registers, for `seconds`: the peak that benchmarks compare with.
   double (*peak_macs)(double seconds);
-
-  // Seconds per token and head of a token loop with ggml's schedule, measured for `seconds`: what benchmarks compare with as well.
-  double (*separate_passes)(std::int64_t K, std::int64_t V, double seconds);
 };
 
 // The build for `set`, null where it is not built or this processor lacks it.

@@ -29,36 +29,45 @@ class Cutter {
 // Floats that a float64 C x C matrix takes: `wide`, for the inverse, in a tile that is not in use yet.
 constexpr std::int64_t wide_floats(std::int64_t C) { return 2 * C * C; }
 
-// Forward, by blocks of kValueBlock value columns. Before they are transposed a chunk's q and k stand in `rows`, over the tiles from T on.
-// T is L first, and inverted over G, R and U; R becomes o.
-struct ForwardScratch {
+// C tokens, by blocks of kValueBlock value columns. Before they are transposed q and k stand in `rows`, over the tiles from T on. T is L
+// first, and inverted over G, R and U.
+template <int C>
+struct ChunkScratch {
   double* wide;
   float *rows, *kT, *qT, *T, *P, *G, *R, *U;
   std::int64_t used;
 
-  ForwardScratch(const op::Problem& p, float* base) {
-    constexpr std::int64_t square = kChunk * kSquare<kChunk>, values = kChunk * kValueBlock;
-    static_assert(square + 2 * values >= wide_floats(kChunk) && 3 * square + 2 * values >= kChunk * leading(256));
+  ChunkScratch(const op::Problem& p, float* base) {
+    constexpr std::int64_t square = C * kSquare<C>, values = C * kValueBlock;
+    static_assert(square + 2 * values >= wide_floats(C));
     Cutter cut(base);
-    kT = cut.take(padded(p.K) * kSquare<kChunk>);
-    qT = cut.take(padded(p.K) * kSquare<kChunk>);
+    kT = cut.take(padded(p.K) * kSquare<C>);
+    qT = cut.take(padded(p.K) * kSquare<C>);
     for (float** tile : {&T, &P, &G}) *tile = cut.take(square);
     R = cut.take(values);
     U = cut.take(values);
+    cut.take(std::max<std::int64_t>(0, C * leading(p.K) - 3 * square - 2 * values));
     rows = T;
     wide = reinterpret_cast<double*>(G);
     used = cut.used();
   }
 };
 
-// The reverse chain alone, as above.
+// Forward, by halves of a chunk; R becomes o. What saved_T wants of whole chunks is made in the same place before.
+struct ForwardScratch : ChunkScratch<kHalf> {
+  ForwardScratch(const op::Problem& p, float* base) : ChunkScratch<kHalf>(p, base) {
+    if (p.saved_T) used = std::max(used, ChunkScratch<kChunk>(p, nullptr).used);
+  }
+};
+
+// The reverse chain alone, by whole chunks.
 struct BackwardStateScratch {
   double* wide;
   float *rows, *kT, *qT, *T, *P, *G, *d_o, *dU, *dX;
   std::int64_t used;
 
   BackwardStateScratch(const op::Problem& p, float* base) {
-    const ForwardScratch s(p, base);
+    const ChunkScratch<kChunk> s(p, base);
     wide = s.wide, rows = s.rows, kT = s.kT, qT = s.qT, T = s.T, P = s.P, G = s.G, d_o = s.R, dU = s.U;
     Cutter cut(base);
     cut.take(s.used);

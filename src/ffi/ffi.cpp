@@ -8,7 +8,7 @@
 // check_cu_seqlens(offsets on the host, T) raises what the operations would: for offsets that are about to leave for a device, where
 // nobody reads them.
 //
-// Beside them stands one plain C function for the program's benchmarks, which the public ABI has no use for.
+// Beside them stand plain C functions for the program's benchmarks, which the public ABI has no use for.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -22,8 +22,10 @@
 
 #include "cpu/cpu.hpp"
 #include "flashdelta/flashdelta.h"
+#include "op/check.hpp"
 #include "op/check_sequences.hpp"
 #include "op/error.hpp"
+#include "plan/plan.hpp"
 
 namespace {
 
@@ -197,15 +199,16 @@ TVM_FFI_DLL_EXPORT double flashdelta_ffi_cpu_peak_gflops(std::int32_t instructio
   }
 }
 
-// cpu::separate_passes_tokens_per_second, likewise.
-TVM_FFI_DLL_EXPORT double flashdelta_ffi_cpu_separate_passes(std::int32_t instruction_set, std::int32_t threads, std::int64_t key_width,
-                                                             std::int64_t value_width) {
-  if (instruction_set < FLASHDELTA_INSTRUCTION_SET_BEST || instruction_set > FLASHDELTA_INSTRUCTION_SET_AVX512) return 0;
+// cpu::separate_passes_forward. Takes what flashdelta_recurrent_forward takes, and what its workspace query has accepted; 1 when it ran.
+TVM_FFI_DLL_EXPORT std::int32_t flashdelta_ffi_cpu_separate_passes(const flashdelta_forward_args* args) {
   try {
-    return flashdelta::cpu::separate_passes_tokens_per_second(static_cast<flashdelta_instruction_set>(instruction_set), threads, key_width,
-                                                              value_width);
+    const flashdelta::op::Problem problem = flashdelta::op::check_forward(args, flashdelta::op::Operation::recurrent_forward, true);
+    const bool fits = problem.workspace_size >= flashdelta::plan::workspace_size(problem);
+    if (!fits || problem.backend != flashdelta::op::Backend::cpu) return 0;
+    flashdelta::cpu::separate_passes_forward(problem);
+    return 1;
   } catch (...) {
-    return -1;
+    return 0;
   }
 }
 

@@ -58,6 +58,7 @@ TEST_P(CpuInstructionSet, DecodeHoldsTheContract) {
     for (const std::int64_t width : {1, 17, 40, 128}) {
       Call call = call_of({.name = "Decode", .B = 2, .T = 3, .HV = 2, .K = width, .V = 72, .dtype = dtype});
       expect_contract(call, recurrent_forward(call));
+      expect_contract(call, separate_passes_forward(call));
     }
   }
 }

@@ -32,6 +32,25 @@ TEST_P(CpuRecurrent, HoldsTheContractInPlaceAndOutOfPlace) {
   }
 }
 
+TEST_P(CpuRecurrent, TheScheduleOfBenchmarksHoldsTheContractToo) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const bool v_first : {false, true}) {
+      Call call = make_call({.name = "SeparatePasses",
+                             .T = GetParam(),
+                             .H = 2,
+                             .HV = 4,
+                             .K = 40,
+                             .V = 24,
+                             .dtype = dtype,
+                             .gate = Gate::in_kernel,
+                             .beta = Beta::sigmoid,
+                             .l2norm = true,
+                             .state_v_first = v_first});
+      expect_contract(call, separate_passes_forward(call));
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Tokens, CpuRecurrent, ::testing::Values(0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 100),
                          [](const auto& param_info) { return "Tokens" + std::to_string(param_info.param); });
 

@@ -153,6 +153,7 @@ class TestNumbers:
     def test_flops_of_one_chunk_at_width_128(self):
         # 3 full products of 2.10 MFLOP, and 4 triangular ones of half of 1.05 MFLOP and a diagonal.
         assert 64 * flops.forward_per_token(128, 128) == pytest.approx(3 * 2.097e6 + 4 * 0.532e6, rel=1e-3)
+        assert 64 * flops.cpu_forward_per_token(128, 128) == pytest.approx(3 * 2.097e6 + 4 * 0.270e6, rel=1e-3)
 
     def test_text_is_repeated_to_length(self):
         assert text.tokens(b"abc", 7).tobytes() == b"abcabca"

@@ -83,6 +83,7 @@ Call make_call(const Case& c);
 // Outputs: o, final_state, and of the chunked operation saved_c, saved_T, saved_states.
 Tensors chunk_forward(Call& call);
 Tensors recurrent_forward(Call& call);
+Tensors separate_passes_forward(Call& call);  // cpu::separate_passes_forward
 // Outputs: dq, dk, dv, dg, dbeta, d_initial_state, dA_log, d_dt_bias. `saved` may lack saved_c and saved_T.
 Tensors chunk_backward(Call& call, const Tensors& saved);
 

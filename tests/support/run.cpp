@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "cpu/cpu.hpp"
+#include "op/check.hpp"
 #include "support/case.hpp"
 #include "support/contract.hpp"
 
@@ -55,7 +57,15 @@ void run(Call& call, Args& args, const Tensors& outputs, flashdelta_status (*que
   }
 }
 
-Tensors forward(Call& call, bool chunked) {
+enum class Path : std::uint8_t { chunked, recurrent, separate_passes };
+
+flashdelta_status separate_passes_forward(const flashdelta_forward_args* args) {
+  cpu::separate_passes_forward(op::check_forward(args, op::Operation::recurrent_forward, true));
+  return FLASHDELTA_OK;
+}
+
+Tensors forward(Call& call, Path path) {
+  const bool chunked = path == Path::chunked;
   const Case& c = call.made_from;
   Tensors outputs;
   flashdelta_forward_args args{};
@@ -81,7 +91,8 @@ Tensors forward(Call& call, bool chunked) {
   if (chunked) {
     run(call, args, outputs, flashdelta_chunk_forward_workspace_size, flashdelta_chunk_forward);
   } else {
-    run(call, args, outputs, flashdelta_recurrent_forward_workspace_size, flashdelta_recurrent_forward);
+    run(call, args, outputs, flashdelta_recurrent_forward_workspace_size,
+        path == Path::recurrent ? flashdelta_recurrent_forward : separate_passes_forward);
   }
   if (call.in_place) outputs["final_state"] = call.inputs["initial_state"];
   return outputs;
@@ -124,8 +135,9 @@ double tolerance(const Contract& row, const std::string& name) {
 
 }  // namespace
 
-Tensors chunk_forward(Call& call) { return forward(call, true); }
-Tensors recurrent_forward(Call& call) { return forward(call, false); }
+Tensors chunk_forward(Call& call) { return forward(call, Path::chunked); }
+Tensors recurrent_forward(Call& call) { return forward(call, Path::recurrent); }
+Tensors separate_passes_forward(Call& call) { return forward(call, Path::separate_passes); }
 
 Tensors chunk_backward(Call& call, const Tensors& saved) {
   Tensors outputs;

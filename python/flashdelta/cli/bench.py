@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flashdelta
-from flashdelta import _lib
 from flashdelta.cli import device, errors, measure, options, plots, ui
 from flashdelta.cli.dtypes import DTYPES
 from flashdelta.cli.measure import PASSES, Result, Shape
@@ -96,10 +95,9 @@ def _ratios(results: list[Result]) -> dict[str, float]:
     ratios = {}
     if {"forward", "recurrent"} <= seconds.keys():
         ratios["chunked_over_token_by_token"] = seconds["recurrent"] / seconds["forward"]
-        shape = results[0].shape
-        separate = _lib.cpu_separate_passes(shape.instruction_set, shape.threads, shape.heads.key_width, shape.heads.value_width)
-        if separate is not None and results[0].workspace_bytes is not None:  # CPU only
-            ratios["chunked_over_separate_passes"] = separate * shape.token_heads / seconds["forward"]
+        separate = next((result.separate_seconds for result in results if result.separate_seconds), None)
+        if separate is not None:
+            ratios["chunked_over_separate_passes"] = separate / seconds["forward"]
     if {"forward", "backward"} <= seconds.keys():
         ratios["backward_over_forward"] = seconds["backward"] / seconds["forward"]
     return ratios
@@ -112,6 +110,8 @@ def _ratio_text(result: Result, ratios: dict[str, float]) -> str:
         return text if separate is None else f"{text}, {separate:.2f}x ggml's schedule"
     if result.operation == "backward" and "backward_over_forward" in ratios:
         return f"{ratios['backward_over_forward']:.2f}x forward's time"
+    if result.separate_seconds is not None:
+        return f"ggml's schedule: {1e6 * result.separate_seconds / result.shape.token_heads:.3f} us/token/head"
     return ""
 
 
@@ -178,7 +178,7 @@ def _report(groups: list[list[Result]], place: device.Cpu | device.Cuda) -> dict
         "processor": info["cpu"]["processor"],
         "threads_available": info["cpu"]["threads"],
         "gpus": info["cuda"]["devices"] if place.backend == "cuda" else [],
-        "flops": "multiply-add is 2; triangular products count their lower half (docs/numerics.md)",
+        "flops": "multiply-add is 2; triangular products count their lower half, on the CPU forward of half chunks (docs/numerics.md)",
         "shapes": [{"passes": [result.as_json() for result in results], **_ratios(results)} for results in groups],
     }
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 CHUNK = 64
 
 
-def _triangular(width: int) -> float:
-    return CHUNK * (CHUNK + 1) * width
+def _triangular(width: int, chunk: int = CHUNK) -> float:
+    return chunk * (chunk + 1) * width
 
 
-def forward_per_token(key_width: int, value_width: int) -> float:
+def forward_per_token(key_width: int, value_width: int, chunk: int = CHUNK) -> float:
     """k S, q S and Kh^T U in full; T X, P U, q k^T and k k^T by halves."""
-    full = 2.0 * CHUNK * key_width * value_width
-    return (3 * full + 2 * _triangular(value_width) + 2 * _triangular(key_width)) / CHUNK
+    full = 2.0 * chunk * key_width * value_width
+    return (3 * full + 2 * _triangular(value_width, chunk) + 2 * _triangular(key_width, chunk)) / chunk
+
+
+def cpu_forward_per_token(key_width: int, value_width: int) -> float:
+    """The CPU's forward takes half a chunk at a time, which leaves half of the triangular products."""
+    return forward_per_token(key_width, value_width, CHUNK // 2)
 
 
 def backward_per_token(key_width: int, value_width: int) -> float:
@@ -34,6 +39,7 @@ def recurrent_per_token(key_width: int, value_width: int) -> float:
 
 
 PER_TOKEN = {"forward": forward_per_token, "backward": backward_per_token, "recurrent": recurrent_per_token}
+CPU_PER_TOKEN = {**PER_TOKEN, "forward": cpu_forward_per_token}
 
 
 # One H200: dense bf16 products as large matrices reach them, and bytes of a copy, both measured.

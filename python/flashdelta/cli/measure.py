@@ -15,6 +15,8 @@ from flashdelta.cli.dtypes import DTYPES
 from flashdelta.cli.models import HeadLayout
 
 PASSES = ("forward", "backward", "recurrent")
+# The token-by-token path as ggml schedules it: measured beside "recurrent", on the CPU.
+SEPARATE = "separate_passes"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Result:
     peak_gflops: float | None  # of the same instruction set and threads. CPU only
     how: str = "wall clock"  # what the time was read from: Timer.how
     floor: tuple[float, str] | None = None  # seconds, and what sets them: flops.cuda_floor. CUDA only
+    separate_seconds: float | None = None  # recurrent on the CPU: the time of the same with ggml's schedule
 
     @property
     def workspace_per_thread(self) -> float | None:
@@ -64,7 +67,8 @@ class Result:
     @property
     def gflops(self) -> float:
         width = (self.shape.heads.key_width, self.shape.heads.value_width)
-        return flops.PER_TOKEN[self.operation](*width) * self.shape.token_heads / self.seconds * 1e-9
+        counts = flops.PER_TOKEN if self.floor else flops.CPU_PER_TOKEN
+        return counts[self.operation](*width) * self.shape.token_heads / self.seconds * 1e-9
 
     @property
     def us_per_token_head(self) -> float:
@@ -91,6 +95,7 @@ class Result:
             "share_of_peak": self.floor_share,
             "workspace_bytes": self.workspace_bytes,
             "workspace_bytes_per_thread": self.workspace_per_thread,
+            "separate_passes_seconds": self.separate_seconds,
         }
 
 
@@ -119,12 +124,18 @@ def _moved_bytes(tensors: Iterable[Any]) -> int:
     return sum(x.nbytes for x in tensors if x is not None)
 
 
-def _workspaces(common: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Bytes of workspace per pass. `outputs`: of each pass, the further inputs and the outputs by the names of the C ABI."""
+def _on_arrays(common: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> dict[str, tuple[Callable[[], None], int]]:
+    """Calls on NumPy arrays, each with its workspace's bytes. Outputs and workspace exist before and are the same every time, as under a
+    framework that keeps its memory: pages that the system has yet to grant would cost as much as the operation.
+
+    Args:
+        common: arguments that all calls share, by their public names.
+        outputs: of each pass, the further inputs and the outputs by the names of the C ABI.
+    """
     inputs = {name: common.get(name) for name in _lib.INPUTS}
     options = _options.pack(**{name: x for name, x in common.items() if name not in inputs})
     operations = {"forward": "chunk_forward", "backward": "chunk_backward", "recurrent": "recurrent_forward"}
-    return {name: _numpy.workspace_size(operations[name], {**inputs, **x}, x, options) for name, x in outputs.items()}
+    return {name: _numpy.prepare(operations.get(name, name), {**inputs, **x}, x, options) for name, x in outputs.items()}
 
 
 def run(shape: Shape, passes: tuple[str, ...], place: device.Cpu | device.Cuda, repeats: int, advance: Callable[[], None]) -> list[Result]:
@@ -143,7 +154,7 @@ def run(shape: Shape, passes: tuple[str, ...], place: device.Cpu | device.Cuda, 
 
     calls = {"forward": forward, "recurrent": recurrent}
     o, final_state = forward()
-    outputs = {name: {"o": o, "final_state": final_state} for name in calls}
+    outputs = {name: {"o": o, "final_state": final_state} for name in (*calls, SEPARATE)}
     if "backward" in passes:
         saved = flashdelta.chunk_gated_delta_rule_fwd(**common, output_h=True, output_g_cumsum=True, output_A=True)
         d_o = place.put(np.random.default_rng(1).standard_normal(tuple(o.shape), dtype=np.float32).astype(DTYPES[shape.dtype]))
@@ -156,11 +167,20 @@ def run(shape: Shape, passes: tuple[str, ...], place: device.Cpu | device.Cuda, 
         gradients = {name: np.empty_like(place.get(placed[owner])) for name, owner in owners.items()}
         kept = {"saved_c": saved.g_cumsum, "saved_T": saved.A, "saved_states": saved.h}
         outputs["backward"] = {**kept, "d_o": d_o, **gradients}
-    workspaces = _workspaces(common, outputs) if on_cpu else {}
-    timers = {name: place.timer(calls[name]) for name in passes}
+    workspaces = {}
+    measured = passes
+    if on_cpu:
+        prepared = _on_arrays(common, outputs)
+        calls = {name: call for name, (call, _) in prepared.items()}
+        workspaces = {name: size for name, (_, size) in prepared.items()}
+        measured = (*passes, SEPARATE) if "recurrent" in passes else passes
+    timers = {name: place.timer(calls[name]) for name in measured}
     seconds = timing.medians(timers, repeats)
     if on_cpu:  # the better of two: another program may have held a core during the first
         peak = max(filter(None, (peak, _lib.cpu_peak_gflops(shape.instruction_set, shape.threads))), default=None)
     floor = None if on_cpu else flops.cuda_floor(shape.chunk_heads, _moved_bytes((*placed.values(), o, final_state)))
     advance()
-    return [Result(shape, name, seconds[name], workspaces.get(name), peak, timers[name].how, floor) for name in passes]
+    results = [Result(shape, name, seconds[name], workspaces.get(name), peak, timers[name].how, floor) for name in passes]
+    for result in results:
+        result.separate_seconds = seconds.get(SEPARATE) if result.operation == "recurrent" else None
+    return results

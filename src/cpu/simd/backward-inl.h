@@ -47,7 +47,7 @@ void BackwardState(const op::Problem& p, const Span& span, std::int64_t h, Pass 
   for (Index chunk = span.last - 1; chunk >= span.first; --chunk) {
     const Place at = PlaceOf(p, span.n, chunk);
     LoadGates(p, at, h, gates);
-    PrepareChunk(p, at, hk, with_o, gates, s);
+    PrepareChunk<kC>(p, at, hk, with_o, gates, s);
     for (Index v0 = 0; v0 < width; v0 += kValueBlock) {
       const Index w = std::min<Index>(kValueBlock, width - v0);
       BackwardStateBlock(p, at, h, with_o, v0, w, gates, d_state + v0 * padded(p.K), s);
@@ -65,11 +65,13 @@ struct GateGradient {
   double crossing[kC] = {};  // sum over j >= i > m of dP P + dL L
 };
 
-// One value head's half chunk. Before the second half stands the first, across which the state is carried.
+// One value head's half chunk. Before the second half stands the first, across which the state is carried. `next` is the half chunk that
+// comes next, of no rows where there is none; `next_whole` its chunk, if that has not begun yet.
 struct Halves {
-  Place at, first;
+  Place at, first, next, next_whole;
   bool second;
   Gates gates, first_gates;
+  Ahead* ahead;
 };
 
 // out += W, and to[i] += the sum over n key columns of x W at token i, all transposed: the dot is taken of this part alone, before it is
@@ -125,9 +127,10 @@ HWY_INLINE double StateDot(const float* S, const float* dS, Index rows, Index wp
 HWY_INLINE void CarryAcross(const op::Problem& p, const Halves& x, Index h, Index v0, Index w, const BackwardScratch& s) {
   const Place& at = x.first;
   LoadTile(p.v, at.b, at.t, at.rows, at.m, h, v0, w, s.R, kLdB);
-  Gemm(at.m, w, p.K, {s.kT_first, 1, kLdH}, {s.S, kLdB}, {.data = s.R, .ld = kLdB, .c0 = 1, .alpha = -1, .rows = x.first_gates.gam});
-  Gemm(at.m, w, at.m, {s.T_first, kLdH, 1}, {s.R, kLdB}, {.data = s.U, .ld = kLdB, .rows = x.first_gates.tail}, Shape::left_lower);
-  Gemm(p.K, w, at.rows, {s.kT_first, kLdH, 1}, {s.U, kLdB}, {.data = s.S, .ld = kLdB, .c0 = x.first_gates.gl});
+  Gemm(at.m, w, p.K, {s.kT_first, 1, kLdH}, {s.S, kLdB}, {.data = s.R, .ld = kLdB, .c0 = 1, .alpha = -1, .rows = x.first_gates.gam},
+       Shape::full, x.ahead);
+  Gemm(at.m, w, at.m, {s.T_first, kLdH, 1}, {s.R, kLdB}, {.data = s.U, .ld = kLdB, .rows = x.first_gates.tail}, Shape::left_lower, x.ahead);
+  Gemm(p.K, w, at.rows, {s.kT_first, kLdH, 1}, {s.U, kLdB}, {.data = s.S, .ld = kLdB, .c0 = x.first_gates.gl}, Shape::full, x.ahead);
 }
 
 // Of a block of value columns: R, U, kS, do. s.S becomes the state in front of the half chunk. Columns that pad are written too, from
@@ -137,10 +140,10 @@ HWY_INLINE void MakeU(const op::Problem& p, const Halves& x, Index h, Index v0, 
   const Index m = at.m, wp = padded(w);
   if (x.second) CarryAcross(p, x, h, v0, w, s);
   LoadTile(p.v, at.b, at.t, at.rows, m, h, v0, w, s.R, kLdB);
-  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {s.S, kLdB}, {.data = s.kS, .ld = kLdB});
+  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {s.S, kLdB}, {.data = s.kS, .ld = kLdB}, Shape::full, x.ahead);
   float* X = s.dX;
   Residual(x.gates, s.kS, m, wp, s.R, X);
-  Gemm(m, wp, m, {s.T, kLdH, 1}, {X, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower);
+  Gemm(m, wp, m, {s.T, kLdH, 1}, {X, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower, x.ahead);
   LoadOrZero(p.d_o, at, h, v0, w, s.d_o, kLdB);
 }
 
@@ -157,14 +160,14 @@ HWY_INLINE void BackwardKeys(const op::Problem& p, const Halves& x, Index w, flo
   Transpose(m, wp, s.dX, kLdB, s.dXT, kLdH);
   for (Index k0 = 0; k0 < p.K; k0 += kKeyBlock) {
     const Index n = std::min<Index>(kKeyBlock, p.K - k0);
-    Gemm(n, m, w, {s.S + k0 * kLdB, kLdB, 1}, {s.d_oT, kLdH}, {.data = s.W, .ld = kLdH});
+    Gemm(n, m, w, {s.S + k0 * kLdB, kLdB, 1}, {s.d_oT, kLdH}, {.data = s.W, .ld = kLdH}, Shape::full, x.ahead);
     AddAndDot(s.W, s.qT + k0 * kLdH, n, m, s.dqT + k0 * kLdH, sum.read);
   }
-  Gemm(p.K, m, w, {s.S, kLdB, 1}, {s.dXT, kLdH}, {.data = s.dkT, .ld = kLdH, .c0 = 1, .alpha = -1});
-  Gemm(p.K, m, w, {dS, wp, 1}, {s.UT, kLdH}, {.data = s.dkT, .ld = kLdH, .c0 = 1});
+  Gemm(p.K, m, w, {s.S, kLdB, 1}, {s.dXT, kLdH}, {.data = s.dkT, .ld = kLdH, .c0 = 1, .alpha = -1}, Shape::full, x.ahead);
+  Gemm(p.K, m, w, {dS, wp, 1}, {s.UT, kLdH}, {.data = s.dkT, .ld = kLdH, .c0 = 1}, Shape::full, x.ahead);
 
-  Gemm(p.K, w, x.at.rows, {s.qT, kLdH, 1}, {s.d_o, kLdB}, {.data = dS, .ld = wp, .c0 = x.gates.gl});
-  Gemm(p.K, w, x.at.rows, {s.kT, kLdH, 1}, {s.dX, kLdB}, {.data = dS, .ld = wp, .c0 = 1, .alpha = -1});
+  Gemm(p.K, w, x.at.rows, {s.qT, kLdH, 1}, {s.d_o, kLdB}, {.data = dS, .ld = wp, .c0 = x.gates.gl}, Shape::full, x.ahead);
+  Gemm(p.K, w, x.at.rows, {s.kT, kLdH, 1}, {s.dX, kLdB}, {.data = dS, .ld = wp, .c0 = 1, .alpha = -1}, Shape::full, x.ahead);
 }
 
 // One block of value columns: R, U, dU, dX; adds to dP, dL, dq, dk; stores dv; moves its part dS of the state's gradient to before the half
@@ -178,10 +181,10 @@ HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Halves& x, Index h, 
   MakeU(p, x, h, v0, w, s);
   sum.state += static_cast<double>(gates.gl) * StateDot(s.S, dS, padded(p.K), wp);
   float* dU = s.d_oT;
-  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {dS, wp}, {.data = dU, .ld = kLdB, .rows = gates.tail});
+  Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {dS, wp}, {.data = dU, .ld = kLdB, .rows = gates.tail}, Shape::full, x.ahead);
   for (Index i = 0; i < m; ++i) sum.write[i] += static_cast<double>(Dot(s.U + i * kLdB, dU + i * kLdB, wp));
-  Gemm(m, wp, m, {s.P, 1, kLdH}, {s.d_o, kLdB}, {.data = dU, .ld = kLdB, .c0 = 1}, Shape::left_upper);
-  Gemm(m, wp, m, {s.T, 1, kLdH}, {dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper);
+  Gemm(m, wp, m, {s.P, 1, kLdH}, {s.d_o, kLdB}, {.data = dU, .ld = kLdB, .c0 = 1}, Shape::left_upper, x.ahead);
+  Gemm(m, wp, m, {s.T, 1, kLdH}, {dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper, x.ahead);
   for (Index i = 0; i < m; ++i) {
     const float *dX = s.dX + i * kLdB, *kS = s.kS + i * kLdB;
     float* row = s.R + i * kLdB;
@@ -193,8 +196,8 @@ HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Halves& x, Index h, 
   if (p.dv) StoreTile(p.dv, at.b, at.t, at.rows, h, v0, w, s.R, kLdB);
 
   Transpose(m, wp, s.U, kLdB, s.UT, kLdH);
-  Gemm(m, m, w, {s.d_o, kLdB, 1}, {s.UT, kLdH}, {.data = s.dP, .ld = kLdH, .c0 = c0}, Shape::out_lower);
-  Gemm(m, m, w, {s.dX, kLdB, 1}, {s.UT, kLdH}, {.data = s.dL, .ld = kLdH, .c0 = c0, .alpha = -1}, Shape::out_lower);
+  Gemm(m, m, w, {s.d_o, kLdB, 1}, {s.UT, kLdH}, {.data = s.dP, .ld = kLdH, .c0 = c0}, Shape::out_lower, x.ahead);
+  Gemm(m, m, w, {s.dX, kLdB, 1}, {s.UT, kLdH}, {.data = s.dL, .ld = kLdH, .c0 = c0, .alpha = -1}, Shape::out_lower, x.ahead);
   BackwardKeys(p, x, w, dS, s, sum);
 }
 

@@ -13,42 +13,42 @@ HWY_BEFORE_NAMESPACE();
 namespace flashdelta::cpu {
 namespace HWY_NAMESPACE {
 
-HWY_NOINLINE void SaveChunk(const op::Problem& p, const Place& at, Index h, const Gates& gates, const float* T) {
-  for (Index i = 0; i < at.rows; ++i) {
-    if (p.saved_c) {
-      const auto c = static_cast<float>(gates.c[i]);
-      std::memcpy(p.saved_c.at(at.b, at.t + i, h), &c, sizeof(c));
-    }
-    if (p.saved_T) StoreRow(p.saved_T.dtype, p.saved_T.at(at.b, at.t + i, h, 0), p.saved_T.stride[3], kC, T + i * kSquare<kC>);
-  }
-}
-
-// Keys and queries of a chunk, transposed [padded(K), kSquare<kC>]: what a step of a product broadcasts stands in one line.
-HWY_INLINE void LoadTransposed(const op::Problem& p, const op::Tensor& x, const Place& at, Index h, float factor, float* rows, float* xT) {
-  LoadNormed(p, x, at, h, factor, rows, leading(p.K), nullptr);
-  Transpose(at.m, padded(p.K), rows, leading(p.K), xT, kSquare<kC>);
-}
-
-// What a chunk's products need beside the state: k and, if wanted, q, P; T. For the scratch of forward and of the reverse chain.
-template <class Scratch>
+// What the products of C tokens need beside the state: k and, if wanted, q, P; T. For the scratch of forward and of the reverse chain.
+template <int C, class Scratch>
 HWY_INLINE void PrepareChunk(const op::Problem& p, const Place& at, Index hk, bool with_q, const Gates& gates, const Scratch& s) {
-  const Index m = at.m;
-  LoadTransposed(p, p.k, at, hk, 1, s.rows, s.kT);
-  if (with_q) LoadTransposed(p, p.q, at, hk, static_cast<float>(p.scale), s.rows, s.qT);
-  Decays<kC>(gates, m, s.G);
+  const Index m = at.m, ld = leading(p.K), ldt = kSquare<C>;
+  LoadTransposed(p, p.k, at, hk, 1, s.rows, ld, s.kT, ldt, nullptr);
+  if (with_q) LoadTransposed(p, p.q, at, hk, static_cast<float>(p.scale), s.rows, ld, s.qT, ldt, nullptr);
+  Decays<C>(gates, m, s.G);
   if (with_q) {
-    TimesKeys(p, s.qT, s.kT, kSquare<kC>, m, s.P);
-    MaskedByDecay<kC>(s.P, s.G, m, s.P);
+    TimesKeys(p, s.qT, s.kT, ldt, m, s.P);
+    MaskedByDecay<C>(s.P, s.G, m, s.P);
   }
-  TimesKeys(p, s.kT, s.kT, kSquare<kC>, m, s.T);
-  MakeL<kC>(s.T, s.G, gates, m, s.T);
-  Inverse<kC>(m, s.wide, s.T);
+  TimesKeys(p, s.kT, s.kT, ldt, m, s.T);
+  MakeL<C>(s.T, s.G, gates, m, s.T);
+  Inverse<C>(m, s.wide, s.T);
 }
 
-// One block of value columns, S its part of the state.
+// saved_c and saved_T, which are those of whole chunks.
+HWY_NOINLINE void SaveChunk(const op::Problem& p, const Place& at, Index h, Index hk, float* scratch) {
+  Gates gates;
+  LoadGates(p, at, h, gates);
+  for (Index i = 0; p.saved_c && i < at.rows; ++i) {
+    const auto c = static_cast<float>(gates.c[i]);
+    std::memcpy(p.saved_c.at(at.b, at.t + i, h), &c, sizeof(c));
+  }
+  if (!p.saved_T) return;
+  const ChunkScratch<kC> s(p, scratch);
+  PrepareChunk<kC>(p, at, hk, false, gates, s);
+  for (Index i = 0; i < at.rows; ++i) {
+    StoreRow(p.saved_T.dtype, p.saved_T.at(at.b, at.t + i, h, 0), p.saved_T.stride[3], kC, s.T + i * kSquare<kC>);
+  }
+}
+
+// One block of value columns of a half chunk, S its part of the state.
 HWY_INLINE void ForwardBlock(const op::Problem& p, const Place& at, Index h, Pass pass, Index v0, Index w, const Gates& gates, float* S,
                              const ForwardScratch& s, Ahead& ahead) {
-  constexpr Index ld = kValueBlock, ldt = kSquare<kC>;
+  constexpr Index ld = kValueBlock, ldt = kSquare<kHalf>;
   const Index m = at.m, wp = padded(w);
   if (pass == Pass::transition) {
     for (Index i = 0; i < m; ++i) Fill(s.R + i * ld, wp);
@@ -66,31 +66,37 @@ HWY_INLINE void ForwardBlock(const op::Problem& p, const Place& at, Index h, Pas
   Gemm(p.K, w, at.rows, {s.kT, ldt, 1}, {s.U, ld}, {.data = S, .ld = wp, .c0 = gates.gl}, Shape::full, &ahead);
 }
 
-void Forward(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, float* state, float* scratch) {
-  const Index width = pass == Pass::transition ? p.K : p.V;
+void Forward(const op::Problem& p, const Span& span, std::int64_t h, const Columns& columns, Pass pass, float* state, float* scratch) {
   const Index hk = h / (p.HV / p.H);
   const bool full = pass == Pass::full;
   const ForwardScratch s(p, scratch);
   Gates gates;
+  const auto ask = [&](const Place& next, Ahead& ahead) HWY_ATTR {
+    AskFor(p.k, next.b, next.t, next.rows, hk, ahead);
+    if (full) AskFor(p.q, next.b, next.t, next.rows, hk, ahead);
+    if (pass != Pass::transition) AskFor(p.v, next.b, next.t, next.rows, h, ahead);
+  };
   for (Index chunk = span.first; chunk < span.last; ++chunk) {
-    const Place at = PlaceOf(p, span.n, chunk);
+    const Place whole = PlaceOf(p, span.n, chunk);
     if (full && p.saved_states && chunk % p.checkpoint_chunks == 0) {
-      StoreState(p.saved_states, op::saved_states_base(p, span.n) + chunk / p.checkpoint_chunks, h, p.K, p.V, state);
+      StoreState(p.saved_states, op::saved_states_base(p, span.n) + chunk / p.checkpoint_chunks, h, p.K, columns, state);
     }
-    Ahead ahead;
-    if (full) AskFor(p.o, at.b, at.t, at.rows, h, ahead);
-    if (chunk + 1 < span.last) {
-      const Place next = PlaceOf(p, span.n, chunk + 1);
-      AskFor(p.k, next.b, next.t, next.rows, hk, ahead);
-      if (full) AskFor(p.q, next.b, next.t, next.rows, hk, ahead);
-      if (pass != Pass::transition) AskFor(p.v, next.b, next.t, next.rows, h, ahead);
-    }
-    LoadGates(p, at, h, gates);
-    PrepareChunk(p, at, hk, full, gates, s);
-    if (full && (p.saved_c || p.saved_T)) SaveChunk(p, at, h, gates, s.T);
-    ScaleColumns<kC>(s.T, gates.beta, at.m);
-    for (Index v0 = 0; v0 < width; v0 += kValueBlock) {
-      ForwardBlock(p, at, h, pass, v0, std::min<Index>(kValueBlock, width - v0), gates, state + v0 * padded(p.K), s, ahead);
+    if (full && columns.first == 0 && (p.saved_c || p.saved_T)) SaveChunk(p, whole, h, hk, scratch);
+    for (Index half = 0; half * kHalf < whole.rows; ++half) {
+      const Place at = HalfOf(whole, half);
+      Ahead ahead;
+      if (full) AskFor(p.o, at.b, at.t, at.rows, h, ahead);
+      if (half == 0 && whole.rows > kHalf) {
+        ask(HalfOf(whole, 1), ahead);
+      } else {
+        ask(HalfOf(PlaceOf(p, span.n, chunk + 1), 0), ahead);  // of no rows behind the sequence's end
+      }
+      LoadGates(p, at, h, gates);
+      PrepareChunk<kHalf>(p, at, hk, full, gates, s);
+      ScaleColumns<kHalf>(s.T, gates.beta, at.m);
+      for (Index v0 = columns.first; v0 < columns.last; v0 += kValueBlock) {
+        ForwardBlock(p, at, h, pass, v0, std::min<Index>(kValueBlock, columns.last - v0), gates, state + v0 * padded(p.K), s, ahead);
+      }
     }
   }
 }

@@ -21,10 +21,8 @@ struct Norms {
 // before it: then they change places.
 HWY_NOINLINE void LoadKeys(const op::Problem& p, const Halves& x, bool kept, Index hk, BackwardScratch& s, Norms& norms) {
   const Index ld = padded(p.K);
-  const auto load = [&](const op::Tensor& tensor, const Place& at, float factor, float* to, float* xT) HWY_ATTR {
-    LoadNormed(p, tensor, at, hk, factor, s.rows, ld, to);
-    Transpose(at.m, ld, s.rows, ld, xT, kLdH);
-  };
+  const auto load = [&](const op::Tensor& tensor, const Place& at, float factor, float* to, float* xT)
+                        HWY_ATTR { LoadTransposed(p, tensor, at, hk, factor, s.rows, ld, xT, kLdH, to); };
   if (kept) {
     std::swap(s.kT, s.kT_first);
     std::swap(s.kk, s.kk_first);
@@ -52,7 +50,7 @@ HWY_NOINLINE void RecomputeStates(const op::Problem& p, const Span& block, Index
     for (Index c = block.first; c + 1 < block.last; ++c) {
       float* next = state + ratio * floats;
       std::memcpy(next, state, static_cast<std::size_t>(floats) * sizeof(float));
-      Forward(p, {block.n, c, c + 1}, h, Pass::state, next, scratch);
+      Forward(p, {block.n, c, c + 1}, h, {0, p.V}, Pass::state, next, scratch);
       state = next;
     }
   }
@@ -115,10 +113,35 @@ HWY_NOINLINE void FinishKeys(const op::Problem& p, const Place& at, Index hk, co
   }
 }
 
+// What comes after value head h's half chunk: the next head's, or, after the last one of those worked on together, the next half chunk,
+// whose first head is h0. `state` is where its state is saved, if that is read next.
+HWY_INLINE void AskForNext(const op::Problem& p, const Halves& x, Index h, Index h0, Index hk, bool last, Index slot, Ahead& ahead) {
+  const auto ask = [&](const op::Tensor& tensor, const Place& at, Index head)
+                       HWY_ATTR { AskFor(tensor, at.b, at.t, at.rows, head, ahead); };
+  ask(p.dv, x.at, h);
+  if (!last) {
+    ask(p.v, x.at, h + 1);
+    ask(p.d_o, x.at, h + 1);
+    return;
+  }
+  ask(p.dq, x.at, hk);
+  ask(p.dk, x.at, hk);
+  ask(p.q, x.next, hk);
+  ask(p.d_o, x.next, h0);
+  ask(p.k, x.next_whole, hk);
+  ask(p.v, x.next_whole, h0);
+  const op::Tensor& states = p.saved_states;
+  if (slot >= 0 && states.stride[3] == 1) {
+    ahead.Add(states.at(slot, h0), p.K, states.stride[2] * op::size_of(states.dtype), p.V * op::size_of(states.dtype));
+  }
+}
+
 // One group's part of a half chunk, [first, first + count) of key head hk's value heads. `from` holds the first head's state, if any.
+// `next_slot` is where the state in front of the next chunk is saved, if that is needed next, else negative.
 struct Group {
   Index hk, first, count;
   StateSource from;
+  Index next_slot;
   float* d_states;
   double* gate_sums;
 };
@@ -138,9 +161,13 @@ HWY_NOINLINE void BackwardGroup(const op::Problem& p, Halves& x, const Group& gr
     Transpose(x.at.m, ld, s.rows, ld, s.dkT, kLdH);
   }
   // The earlier groups left dq, whose place dk's sum took, to the last one.
+  x.ahead = nullptr;
   for (Index r = 0; last && p.dq && r < group.first; ++r) QueryHead(p, x, h0 + r, source(r), s);
   for (Index i = 0; i < group.count; ++i) {
     const Index r = group.first + i;
+    Ahead ahead;
+    AskForNext(p, x, h0 + r, h0 + group.first, group.hk, i + 1 == group.count, group.next_slot, ahead);
+    x.ahead = &ahead;
     BackwardHead(p, x, h0 + r, i == 0, source(r), group.d_states + i * floats, group.gate_sums + 2 * i, s);
   }
   FinishKeys(p, x.at, group.hk, groups, last, s, norms);
@@ -163,10 +190,14 @@ void Backward(const op::Problem& p, const Span& span, std::int64_t h, std::int64
         x.at = HalfOf(at, half);
         x.first = HalfOf(at, 0);
         x.second = half > 0;
+        const bool more = half == 0 && chunk > 0;
+        x.next_whole = more ? PlaceOf(p, span.n, chunk - 1) : Place{};
+        x.next = half > 0 ? x.first : HalfOf(x.next_whole, 1);
+        const Index next_slot = more && e == 1 ? from.slot - 1 : -1;
         for (Index r = first; r < first + count; r += groups.at(r)) {
           LoadKeys(p, x, r == first && !x.second && at.rows > kH, hk, s, norms);
           const Index done = r - first;
-          BackwardGroup(p, x, {hk, r, groups.at(r), from, d_states + done * floats, gate_sums + 2 * done}, groups, s, norms);
+          BackwardGroup(p, x, {hk, r, groups.at(r), from, next_slot, d_states + done * floats, gate_sums + 2 * done}, groups, s, norms);
         }
       }
     }

@@ -7,10 +7,6 @@
 #define FLASHDELTA_CPU_SIMD_RECURRENT_INL_H_
 #endif
 
-#include <chrono>
-#include <memory>
-#include <vector>
-
 #include "cpu/scratch.hpp"
 #include "cpu/simd/chunk-inl.h"
 
@@ -81,6 +77,33 @@ HWY_NOINLINE void StoreRows(const op::Problem& p, Index n, Index h, const Recurr
   }
 }
 
+// One token: from k, q, v in s, the state there becomes the next and s.o the output. OnePass takes decay, read, update and output of a row
+// while it is in registers; SeparatePasses makes a pass over the whole state for each.
+struct OnePass {
+  static HWY_INLINE void Step(const RecurrentScratch& s, Index ld, Index V, float g, float beta) {
+    for (Index j = 0; j < V; ++j) {
+      float* row = s.S + j * ld;
+      const float u = beta * (s.v[j] - g * Dot(s.k, row, ld));
+      s.o[j] = UpdateAndRead(row, s.k, s.q, g, u, ld);
+    }
+  }
+};
+
+struct SeparatePasses {
+  static HWY_INLINE void Step(const RecurrentScratch& s, Index ld, Index V, float g, float beta) {
+    const DF d;
+    ScaleRow(s.S, g, V * ld);
+    for (Index j = 0; j < V; ++j) s.v[j] = beta * (s.v[j] - Dot(s.k, s.S + j * ld, ld));
+    for (Index j = 0; j < V; ++j) {
+      const VF u = hn::Set(d, s.v[j]);
+      float* row = s.S + j * ld;
+      for (Index i = 0; i < ld; i += kLanes) hn::StoreU(hn::MulAdd(u, hn::LoadU(d, s.k + i), hn::LoadU(d, row + i)), d, row + i);
+    }
+    for (Index j = 0; j < V; ++j) s.o[j] = Dot(s.q, s.S + j * ld, ld);
+  }
+};
+
+template <class Rule>
 void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scratch) {
   const RecurrentScratch s(p, scratch);
   const op::Sequence seq = op::sequence(p, n);
@@ -92,48 +115,10 @@ void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scra
     LoadRow(p.v.dtype, p.v.at(seq.row, t, h), p.v.stride[3], p.V, s.v);
     const auto g = static_cast<float>(std::exp(LogGate(p, seq.row, t, h, nullptr)));
     const auto beta = static_cast<float>(Beta(p, seq.row, t, h));
-    for (Index j = 0; j < p.V; ++j) {
-      float* row = s.S + j * ld;
-      const float u = beta * (s.v[j] - g * Dot(s.k, row, ld));
-      s.o[j] = UpdateAndRead(row, s.k, s.q, g, u, ld);
-    }
+    Rule::Step(s, ld, p.V, g, beta);
     StoreRow(p.o.dtype, p.o.at(seq.row, t, h), p.o.stride[3], p.V, s.o);
   }
   if (p.final_state) StoreRows(p, n, h, s);
-}
-
-// What benchmarks compare with: the same rule as ggml schedules it, one pass over the whole state for each of decay, read, update and
-// output. Returns the seconds that a token of one head takes.
-HWY_NOINLINE double SeparatePasses(std::int64_t K, std::int64_t V, double seconds) {
-  using Clock = std::chrono::steady_clock;
-  const DF d;
-  const Index n = padded(K);
-  std::vector<float> buffer(static_cast<std::size_t>(V * n + 2 * n + 2 * V + kPad));
-  std::size_t space = buffer.size() * sizeof(float);
-  void* aligned = buffer.data();
-  std::align(64, 0, aligned, space);
-  float *S = static_cast<float*>(aligned), *k = S + V * n, *q = k + n, *u = q + n, *o = u + V;
-  for (Index i = 0; i < V * n; ++i) S[i] = 0.01F * static_cast<float>(i % 7);
-  for (Index i = 0; i < n; ++i) k[i] = q[i] = 0.02F * static_cast<float>(i % 5 - 2);
-  const auto start = Clock::now();
-  double elapsed = 0;
-  std::int64_t tokens = 0;
-  while (elapsed < seconds) {
-    for (int repeat = 0; repeat < 64; ++repeat, ++tokens) {
-      for (Index j = 0; j < V; ++j) ScaleRow(S + j * n, 0.95F, n);
-      for (Index j = 0; j < V; ++j) u[j] = 0.5F * (1 - Dot(S + j * n, k, n));
-      for (Index j = 0; j < V; ++j) {
-        const VF f = hn::Set(d, u[j]);
-        for (Index i = 0; i < n; i += kLanes) {
-          hn::StoreU(hn::MulAdd(f, hn::LoadU(d, k + i), hn::LoadU(d, S + j * n + i)), d, S + j * n + i);
-        }
-      }
-      for (Index j = 0; j < V; ++j) o[j] = Dot(S + j * n, q, n);
-      k[0] = 0.02F * o[V - 1] / (1 + std::abs(o[V - 1]));  // the next token depends on this one
-    }
-    elapsed = std::chrono::duration<double>(Clock::now() - start).count();
-  }
-  return elapsed / static_cast<double>(tokens);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -156,23 +156,45 @@ HWY_INLINE void StoreTile(const op::Tensor& x, Index b, Index t, Index rows, Ind
   if (rows > 0) StoreRows(x.dtype, x.at(b, t, h, c0), x.stride[1], x.stride[3], rows, width, tile, ld);
 }
 
-// out[j][i] = in[i][j] for i < rows, j < cols, both multiples of 4.
-HWY_NOINLINE void Transpose(Index rows, Index cols, const float* in, Index ld, float* out, Index ld_out) {
-  const hn::FixedTag<float, 4> d;
-  const hn::RepartitionToWide<decltype(d)> dw;
-  for (Index i = 0; i < rows; i += 4) {
-    for (Index j = 0; j < cols; j += 4) {
-      const float* p = in + i * ld + j;
-      const auto a = hn::LoadU(d, p), b = hn::LoadU(d, p + ld), c = hn::LoadU(d, p + 2 * ld), e = hn::LoadU(d, p + 3 * ld);
-      const auto ab0 = hn::BitCast(dw, hn::InterleaveLower(d, a, b)), ab1 = hn::BitCast(dw, hn::InterleaveUpper(d, a, b));
-      const auto ce0 = hn::BitCast(dw, hn::InterleaveLower(d, c, e)), ce1 = hn::BitCast(dw, hn::InterleaveUpper(d, c, e));
-      float* o = out + j * ld_out + i;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, ab0, ce0)), d, o);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, ab0, ce0)), d, o + ld_out);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, ab1, ce1)), d, o + 2 * ld_out);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, ab1, ce1)), d, o + 3 * ld_out);
-    }
+// Four floats from each of N / 4 rows, 4 * ld apart, as one vector.
+template <int N>
+HWY_INLINE hn::Vec<hn::CappedTag<float, N>> LoadBlocks(const float* p, Index ld) {
+  const hn::CappedTag<float, N> d;
+  if constexpr (N == 4) {
+    return hn::LoadU(d, p);
+  } else {
+    return hn::Combine(d, LoadBlocks<N / 2>(p + N / 2 * ld, ld), LoadBlocks<N / 2>(p, ld));
   }
+}
+
+// Rows [i, i + N) of Transpose.
+template <int N>
+HWY_INLINE void TransposeRows(Index i, Index cols, const float* in, Index ld, float* out, Index ld_out, const float* factors) {
+  const hn::CappedTag<float, N> d;
+  const hn::RepartitionToWide<decltype(d)> dw;
+  const auto factor = factors == nullptr ? hn::Set(d, 1.0F) : hn::LoadU(d, factors + i);
+  for (Index j = 0; j < cols; j += 4) {
+    const float* p = in + i * ld + j;
+    const auto a = LoadBlocks<N>(p, ld), b = LoadBlocks<N>(p + ld, ld), c = LoadBlocks<N>(p + 2 * ld, ld),
+               e = LoadBlocks<N>(p + 3 * ld, ld);
+    const auto ab0 = hn::BitCast(dw, hn::InterleaveLower(d, a, b)), ab1 = hn::BitCast(dw, hn::InterleaveUpper(d, a, b));
+    const auto ce0 = hn::BitCast(dw, hn::InterleaveLower(d, c, e)), ce1 = hn::BitCast(dw, hn::InterleaveUpper(d, c, e));
+    float* o = out + j * ld_out + i;
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveLower(dw, ab0, ce0))), d, o);
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveUpper(dw, ab0, ce0))), d, o + ld_out);
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveLower(dw, ab1, ce1))), d, o + 2 * ld_out);
+    hn::StoreU(hn::Mul(factor, hn::BitCast(d, hn::InterleaveUpper(dw, ab1, ce1))), d, o + 3 * ld_out);
+  }
+}
+
+// out[j][i] = factors[i] in[i][j] for i < rows, j < cols, both multiples of 4; factors 1 where null.
+HWY_NOINLINE void Transpose(Index rows, Index cols, const float* in, Index ld, float* out, Index ld_out, const float* factors = nullptr) {
+  Index i = 0;
+  for (; i + kLanes <= rows; i += kLanes) TransposeRows<kLanes>(i, cols, in, ld, out, ld_out, factors);
+  if (kLanes > 8) {
+    for (; i + 8 <= rows; i += 8) TransposeRows<std::min(8, kLanes)>(i, cols, in, ld, out, ld_out, factors);
+  }
+  for (; i < rows; i += 4) TransposeRows<4>(i, cols, in, ld, out, ld_out, factors);
 }
 
 // Sum of a[j] * b[j], n a multiple of kLanes.
@@ -220,9 +242,9 @@ void LoadState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t
   }
 }
 
-void StoreState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t K, std::int64_t V, const float* state) {
-  for (Index v0 = 0; v0 < V; v0 += kValueBlock) {
-    const Index w = std::min<Index>(kValueBlock, V - v0);
+void StoreState(const op::Tensor& x, std::int64_t n, std::int64_t h, std::int64_t K, const Columns& columns, const float* state) {
+  for (Index v0 = columns.first; v0 < columns.last; v0 += kValueBlock) {
+    const Index w = std::min<Index>(kValueBlock, columns.last - v0);
     StoreColumns(x, n, h, K, v0, w, state + v0 * padded(K), padded(w));
   }
 }
