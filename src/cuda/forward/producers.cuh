@@ -73,6 +73,11 @@ __device__ __forceinline__ void wait_for_boundary(const Plan& plan, const Item& 
   device::fence_global_to_async();
 }
 
+// Whether the pieces beside k and q (0), or beside v (1), are wanted: a consumer has its own where they are of value columns.
+__device__ __forceinline__ bool wants_pieces(const Arguments& a, const Work& work, int half) {
+  return work.takes_part(half) || (work.staged == Staged::initial && a.initial_state.rows == StateRows::v);
+}
+
 // Piece of the state that an item begins with.
 __device__ __forceinline__ void load_piece(const Arguments& a, const Work& work, const CUtensorMap* map, int piece, void* to,
                                            Barrier& loaded) {
@@ -152,7 +157,7 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
       Barrier& loaded = s.loaded[stage.at];
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      if (work.takes_part(0)) {
+      if (wants_pieces(a, work, 0)) {
         device::barrier_arrive_expect(loaded, 2 * kPieceBytes);
         load_piece(a, work, map_state, 0, s.k[stage.at], loaded);
         load_piece(a, work, map_state, 1, s.q[stage.at], loaded);
@@ -220,7 +225,7 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
 #pragma unroll 1
     for (int piece = 2; piece < 4 && work.staged != Staged::no; ++piece) {
       store_output();
-      if (work.takes_part(1)) {
+      if (wants_pieces(a, work, 1)) {
         device::barrier_arrive_expect(s.v_loaded[stage.at], kPieceBytes);
         load_piece(a, work, map_state, piece, s.v[stage.at], s.v_loaded[stage.at]);
       } else {
