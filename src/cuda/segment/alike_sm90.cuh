@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
         if (k < total.x) {
           x = alike_segment(a, s, first, boundaries, k);
           look_around(x, warm_of);
-          mine.add(x, 1);
+          mine.add(x);
         }
         int at[5] = {mine.firsts | mine.dependents << 16, mine.parts, mine.scans, x.warm > 0 ? 1 : 0, x.warm}, sum[5];
         block_sums(at, sum, s.scratch[turn ^ 1]);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
         if (pass == 1 && k < total.x) {
           const Counts next{before.firsts + (at[0] & 0xFFFF), before.parts + at[1], before.scans + at[2],
                             before.dependents + (at[0] >> 16)};
-          emit(a.plan.items, x, t, next, 1, warm_of);
+          emit(a.plan.items, x, t, next, warm_of);
         }
         before.firsts += sum[0] & 0xFFFF, before.parts += sum[1], before.scans += sum[2], before.dependents += sum[0] >> 16;
       }

@@ -43,9 +43,9 @@ __device__ __forceinline__ void look_around(Segment& x, WarmOf warm_of) {
 
 struct Counts {
   int firsts, parts, scans, dependents;
-  __device__ void add(const Segment& x, int copies) {
-    firsts += x.dependent ? 0 : copies, parts += x.dependent && x.next_dependent ? 2 * copies : 0,
-        scans += x.starts_chain() ? kScanBlocks : 0, dependents += x.dependent ? copies : 0;
+  __device__ void add(const Segment& x) {
+    firsts += x.dependent ? 0 : 1, parts += x.dependent && x.next_dependent ? 2 : 0, scans += x.starts_chain() ? kScanBlocks : 0,
+        dependents += x.dependent ? 1 : 0;
   }
 };
 
@@ -57,10 +57,9 @@ __device__ __forceinline__ void put(Item* items, int index, const Item& x) {
   to[2] = make_int4(x.scan_steps, x.more, x.from_scan, x.consumers);
 }
 
-// Items of one segment, at its numbers within each kind; copies: 2 for items of half the value columns. One loop, so that there is one
-// place that writes items.
+// Items of one segment, at its numbers within each kind. One loop, so that there is one place that writes items.
 template <class WarmOf>
-__device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, int copies, WarmOf warm_of) {
+__device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, WarmOf warm_of) {
   Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, To::nowhere, x.boundary,
             x.boundary + 1,  0,           -1,      0, kBothConsumers};
   if (x.last()) item.to = To::final_state;
@@ -78,12 +77,7 @@ __device__ __forceinline__ void emit(Item* items, const Segment& x, const Ticket
   }
 #pragma unroll 1
   for (int i = 1;; ++i) {
-    item.consumers = copies == 1 || item.scan_steps > 0 ? kBothConsumers : 1;
     put(items, index++, item);
-    if (item.consumers != kBothConsumers) {
-      item.consumers = kBothConsumers - item.consumers;
-      put(items, index++, item);
-    }
     if (i == count) return;
     if (i == 1) {
       item.warm = item.chunks, item.from_scan = 0;

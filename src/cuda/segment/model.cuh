@@ -16,14 +16,12 @@ __device__ __forceinline__ float segment_length(int chunks, int segments) {
   return __fmul_rn(static_cast<float>(chunks), device::reciprocal(segments - 1 + kFirstShare));
 }
 
-// The time of a call with exact pairs in up to `segments` parts, each of `copies` items, by kModelLanes neighbouring lanes. others: chunks,
-// and what is like them, that the machine has to do besides.
+// The time of a call with exact pairs in up to `segments` parts, by kModelLanes neighbouring lanes. others: chunks, and what is like them,
+// that the machine has to do besides.
 __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, const int* exact_in_run, const Outline& outline,
-                                          int segments, int copies, int exact, float others, int lane) {
+                                          int segments, int exact, float others, int lane) {
   const float P = static_cast<float>(a.multiprocessors), reciprocal = device::reciprocal(P);
   Model m{};
-  m.copies = copies;
-  const float chunk = copies == 1 ? 1.F : kHalf;
   m.wanted =
       rounded_up(static_cast<float>(outline.longest), static_cast<float>(segments), device::reciprocal(static_cast<float>(segments)));
   unsigned counts = 0;  // boundaries, and in the upper half those that a scan makes
@@ -39,8 +37,8 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     if (middle > 0) chains += pairs;
     steps = max(steps, middle);
     parts += pairs * (first + 2 * kStateOnly * middle * length), dependents += pairs * (n - 1) * length;
-    if (n > 1) dependent = fmaxf(dependent, chunk * length + kItem);
-    part = fmaxf(part, chunk * first + kItem);
+    if (n > 1) dependent = fmaxf(dependent, length + kItem);
+    part = fmaxf(part, first + kItem);
   }
 #pragma unroll 1
   for (int o = 1; o < kModelLanes; o <<= 1) {
@@ -50,11 +48,10 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     dependent = fmaxf(dependent, __shfl_xor_sync(~0U, dependent, o)), part = fmaxf(part, __shfl_xor_sync(~0U, part, o));
   }
   const int middles = static_cast<int>(counts >> 16);
-  const int boundaries = static_cast<int>(counts & 0xFFFF);
-  m.items[kParts] = copies * (exact + 2 * middles), m.items[kScans] = kScanBlocks * chains, m.items[kDependents] = copies * boundaries;
-  m.costs[kParts] = copies * (chunk * parts + kItem * exact + 2 * kPart * middles);
+  m.items[kParts] = exact + 2 * middles, m.items[kScans] = kScanBlocks * chains, m.items[kDependents] = static_cast<int>(counts & 0xFFFF);
+  m.costs[kParts] = parts + kItem * exact + 2 * kPart * middles;
   m.costs[kScans] = kScanBlocks * (kScanStep * middles + kScanItem * chains);
-  m.costs[kDependents] = copies * chunk * dependents + kItem * m.items[kDependents];
+  m.costs[kDependents] = dependents + kItem * m.items[kDependents];
   const float load = (m.costs[kParts] + m.costs[kScans] + m.costs[kDependents] + others) * reciprocal;
   const auto waves = [&](int items) { return rounded_up(static_cast<float>(items), P, reciprocal); };
   // Multiprocessors that are free when the parts are done: pieces of the line, and whole pairs, take longer.
@@ -65,24 +62,23 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     chain += 1.F + rounds * (kScanItem + kScanStep * steps);
   }
   if (exact > 0) chain += fmaxf(part, waves(m.items[kParts]) * m.costs[kParts] * device::reciprocal(static_cast<float>(m.items[kParts])));
-  m.time = boundaries <= a.most_boundaries ? fmaxf(load, chain) : 1e30F;
+  m.time = m.items[kDependents] <= a.most_boundaries ? fmaxf(load, chain) : 1e30F;
   return m;
 }
 
 // The best of all numbers of segments, the smallest such; by the whole block.
 __device__ __forceinline__ const Model& best_model(const Arguments& a, Shared& s, const int* exact_in_run, const Outline& outline,
                                                    int exact, float others) {
-  static_assert((kCandidates & (kCandidates - 1)) == 0);
+  static_assert((kMostSegments & (kMostSegments - 1)) == 0);
   const int lane = threadIdx.x % 32, candidate = threadIdx.x / kModelLanes;
-  const Model m = model_of(a, s, exact_in_run, outline, candidate % kMostSegments + 1, candidate < kMostSegments ? 1 : 2, exact, others,
-                           threadIdx.x % kModelLanes);
+  const Model m = model_of(a, s, exact_in_run, outline, candidate + 1, exact, others, threadIdx.x % kModelLanes);
   if (threadIdx.x % kModelLanes == 0) s.model[candidate] = m;
   // Times are positive, and so in order as integers; the last bits make room for the number.
-  const unsigned mine = (__float_as_uint(m.time) & ~static_cast<unsigned>(kCandidates - 1)) | candidate;
+  const unsigned mine = (__float_as_uint(m.time) & ~static_cast<unsigned>(kMostSegments - 1)) | candidate;
   const unsigned least = __reduce_min_sync(~0U, mine);
   if (lane == 0) s.least[threadIdx.x / 32] = least;
   __syncthreads();
-  return s.model[__reduce_min_sync(~0U, s.least[lane % kWarps]) & (kCandidates - 1)];
+  return s.model[__reduce_min_sync(~0U, s.least[lane % kWarps]) & (kMostSegments - 1)];
 }
 
 }  // namespace flashdelta::cuda::segment

@@ -8,15 +8,13 @@ namespace flashdelta::cuda::segment {
 
 constexpr int kWarps = kThreads / 32;
 constexpr int kMostSums = 5;
-constexpr int kCandidates = 2 * kMostSegments;  // exact pairs whole, and as halves
-constexpr int kModelLanes = kThreads / kCandidates;
+constexpr int kModelLanes = kThreads / kMostSegments;
 constexpr int kPasses = 2;  // a rehearsal, and the plan
 
 // What a number of segments makes of the exact pairs.
 struct alignas(16) Model {
   float time;
   float wanted;    // chunks of a segment
-  int copies;      // items of each: 2 where each has half of the value columns
   int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait
   float costs[3];  // of all of each
 };
@@ -41,7 +39,7 @@ struct Shared {
   float line[kMostListed];                       // where warm pairs begin on their line
   int2 start[kThreads];                          // of pieces of the line: warm pair and chunk
   Outline outline;
-  Model model[kCandidates];
+  Model model[kMostSegments];
   unsigned least[kWarps];
   int segment[kMostListed + kMostBoundaries];  // of exact pairs: pair, its number in it, how many that has, a byte each
   signed char warm_here[kMostBoundaries];

@@ -198,9 +198,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   const Model& m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + outline.whole + P * line.cut);
   if (kImbalance * m.time + kGain > outline.uncut) return outcome;
 
-  const int boundaries = m.copies == 1 ? m.items[kDependents] : m.items[kDependents] / 2;
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
-  const int segments = line.exact + boundaries, each = (segments + kThreads - 1) / kThreads;
+  const int segments = line.exact + m.items[kDependents], each = (segments + kThreads - 1) / kThreads;
   const int from = i * each, to = min(segments, from + each);
   const auto warm_of = [&](int boundary) { return s.warm_here[boundary]; };
   Counts numbers{};
@@ -238,7 +237,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       const int over = running - static_cast<int>((running + 0.5F) * device::reciprocal(static_cast<float>(P))) * P;
       t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
       t.late_pieces = pieces - t.early_pieces;
-      t.late_last = t.dependents <= kShortScan * m.copies * line.exact;
+      t.late_last = t.dependents <= kShortScan * line.exact;
       numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
     }
 #pragma unroll 1
@@ -257,8 +256,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
         continue;
       }
       look_around(x, warm_of);
-      if (stage == 2) emit(a.plan.items, x, t, numbers, m.copies, warm_of);
-      numbers.add(x, m.copies);
+      if (stage == 2) emit(a.plan.items, x, t, numbers, warm_of);
+      numbers.add(x);
       if (stage == 1) warm += x.warm;
     }
   }
@@ -267,7 +266,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
     emit_line(a, s, line, t, begin, end, warm, a.counts != nullptr && !rehearsing);
   }
   outcome.tickets = t.count(), outcome.longest_whole = outline.longest_whole;
-  outcome.warm = t.firsts / m.copies - line.exact, outcome.exact = t.dependents / m.copies, outcome.halves = false;
+  outcome.warm = t.firsts - line.exact, outcome.exact = t.dependents, outcome.halves = false;
   return outcome;
 }
 

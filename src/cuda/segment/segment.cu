@@ -20,7 +20,7 @@ Room room_of(std::int64_t pairs, std::int64_t chunk_numbers, std::int64_t heads,
   const std::int64_t listed = forced > 0 || fixed ? pairs : std::min<std::int64_t>(kMostListed, pairs);
   // By kind: firsts, transitions and local states, scans of two boundaries or more, dependents; pieces of the line and what goes on in
   // them.
-  room.items = kTiles * (listed + room.boundaries * (1 + 2 + 1)) + room.boundaries * (kScanBlocks / 2) + kThreads + listed + 1;
+  room.items = listed + room.boundaries * (1 + 2 + kScanBlocks / 2 + 1) + kThreads + listed + 1;
   return room;
 }
 
