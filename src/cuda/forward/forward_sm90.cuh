@@ -138,6 +138,12 @@ struct ScanRing {
     device::barrier_arrive(s.released[stage.at]);
     stage.next();
   }
+  // A stage that is the other consumer's. Waited for all the same: before it is loaded that one may still be at what it held before, and a
+  // release would count as its own.
+  __device__ __forceinline__ void let_pass() {
+    wait();
+    release();
+  }
 };
 
 template <Operand Type>

@@ -106,7 +106,7 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
   uint4 high[4][2], low[4][2];
   float sum[2][4];
   const auto load = [&] {
-    if (half == 1) ring.release();
+    if (half == 1) ring.let_pass();
     ring.wait();
     const unsigned char* local = ring.local() + (row >= 32 ? kRunStep - kRunBytes : 0) + place * 4;
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       }
     }
     ring.release();
-    if (half == 0) ring.release();
+    if (half == 0) ring.let_pass();
   };
   load();
   {
