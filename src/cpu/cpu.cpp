@@ -1,6 +1,7 @@
 #include "cpu/cpu.hpp"
 
 #include <fstream>
+#include <numeric>
 #include <vector>
 
 #include "cpu/kernels.hpp"
@@ -31,28 +32,17 @@ std::string processor() {
   return "unknown";
 }
 
-namespace {
-
-constexpr double kMeasure = 0.2;  // seconds
-
-// Runs `one` on every thread at once, as a call that fills them would, and sums what they return.
-template <class One>
-double over_threads(int threads, const One& one) {
+double peak_gflops(flashdelta_instruction_set set, int threads) {
+  constexpr double kMeasure = 0.2;  // seconds
+  const Kernels* kernels = find_kernels(set);
+  if (kernels == nullptr) return 0;
   op::Problem p;
   p.num_threads = threads;
   const int count = allowed_threads(p);
-  std::vector<double> results(static_cast<std::size_t>(count));
-  parallel_for(count, count, [&](std::int64_t i, int) { results[static_cast<std::size_t>(i)] = one(); });
-  double sum = 0;
-  for (const double x : results) sum += x;
-  return sum;
-}
-
-}  // namespace
-
-double peak_gflops(flashdelta_instruction_set set, int threads) {
-  const Kernels* kernels = find_kernels(set);
-  return kernels == nullptr ? 0 : 2e-9 * over_threads(threads, [&] { return kernels->peak_macs(kMeasure); });
+  // On every thread at once, as a call that fills them would.
+  std::vector<double> macs(static_cast<std::size_t>(count));
+  parallel_for(count, count, [&](std::int64_t i, int) { macs[static_cast<std::size_t>(i)] = kernels->peak_macs(kMeasure); });
+  return 2e-9 * std::accumulate(macs.begin(), macs.end(), 0.0);
 }
 
 }  // namespace flashdelta::cpu

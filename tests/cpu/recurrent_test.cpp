@@ -6,22 +6,21 @@
 namespace flashdelta::testing {
 namespace {
 
-class CpuRecurrent : public ::testing::TestWithParam<int> {};
+class CpuRecurrent : public ::testing::TestWithParam<int> {
+ protected:
+  static Case decode(DType dtype, bool v_first) {
+    return {.name = "Decode", .T = GetParam(), .H = 2, .HV = 4, .K = 40, .V = 24, .dtype = dtype, .state_v_first = v_first};
+  }
+};
 
 TEST_P(CpuRecurrent, HoldsTheContractInPlaceAndOutOfPlace) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (const DType state : {DType::f32, dtype}) {
       for (const bool v_first : {false, true}) {
-        Call call = make_call({.name = "Decode",
-                               .B = 3,
-                               .T = GetParam(),
-                               .H = 2,
-                               .HV = 4,
-                               .K = 40,
-                               .V = 24,
-                               .dtype = dtype,
-                               .state_dtype = state,
-                               .state_v_first = v_first});
+        Case c = decode(dtype, v_first);
+        c.B = 3;
+        c.state_dtype = state;
+        Call call = make_call(c);
         const Tensors out = recurrent_forward(call);
         expect_contract(call, out);
         Call in_place = call;
@@ -35,17 +34,11 @@ TEST_P(CpuRecurrent, HoldsTheContractInPlaceAndOutOfPlace) {
 TEST_P(CpuRecurrent, TheScheduleOfBenchmarksHoldsTheContractToo) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const bool v_first : {false, true}) {
-      Call call = make_call({.name = "SeparatePasses",
-                             .T = GetParam(),
-                             .H = 2,
-                             .HV = 4,
-                             .K = 40,
-                             .V = 24,
-                             .dtype = dtype,
-                             .gate = Gate::in_kernel,
-                             .beta = Beta::sigmoid,
-                             .l2norm = true,
-                             .state_v_first = v_first});
+      Case c = decode(dtype, v_first);
+      c.gate = Gate::in_kernel;
+      c.beta = Beta::sigmoid;
+      c.l2norm = true;
+      Call call = make_call(c);
       expect_contract(call, separate_passes_forward(call));
     }
   }

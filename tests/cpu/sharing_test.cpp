@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <thread>
+#include <utility>
 
 #include "cpu/sharing.hpp"
 #include "support/case.hpp"
@@ -10,15 +11,15 @@ namespace flashdelta::testing {
 namespace {
 
 TEST(CpuSharing, DoesNotShowInTheBits) {
-  for (const std::int64_t HV : {1, 2, 5}) {
-    Call call = make_call({.name = "Sharing", .T = 1100, .HV = HV, .K = 40, .V = 120, .dtype = DType::bf16});
+  for (const std::int64_t HV : {1, 5}) {
+    Call call = make_call({.name = "Sharing", .T = 700, .HV = HV, .K = 40, .V = 120, .dtype = DType::bf16});
     call.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
     call.options.num_threads = 1;
     const Tensors one = chunk_forward(call);
     expect_contract(call, one);
-    for (const int threads : {2, 3, 4, 9, 16}) {
+    for (const int threads : {2, 4, 9}) {
       call.options.num_threads = threads;
-      for (int repeat = 0; repeat < 5; ++repeat) expect_same_bits(chunk_forward(call), one, std::to_string(threads) + " threads");
+      for (int repeat = 0; repeat < 2; ++repeat) expect_same_bits(chunk_forward(call), one, std::to_string(threads) + " threads");
     }
   }
 }
@@ -30,22 +31,20 @@ TEST(CpuSharing, DoesNotShowInTheBitsOfSegmentsAndPacks) {
   const Tensors one = chunk_forward(call);
   for (const int threads : {2, 5, 16}) {
     call.options.num_threads = threads;
-    for (int repeat = 0; repeat < 5; ++repeat) expect_same_bits(chunk_forward(call), one, std::to_string(threads) + " threads");
+    for (int repeat = 0; repeat < 2; ++repeat) expect_same_bits(chunk_forward(call), one, std::to_string(threads) + " threads");
   }
 }
 
 TEST(CpuSharing, DoesNotShowInTheBitsOfGradients) {
-  for (const std::int64_t HV : {3, 12}) {  // 12: in groups of value heads
-    for (const int every : {1, 3}) {
-      Call call = make_call({.name = "Sharing", .T = 700, .H = 3, .HV = HV, .K = 40, .V = 72, .gate = Gate::in_kernel});
-      call.options.checkpoint_chunks = every;
-      call.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
-      call.options.num_threads = 1;
-      const Tensors one = forward_and_backward(call);
-      for (const int threads : {2, 3, 8}) {
-        call.options.num_threads = threads;
-        expect_same_bits(forward_and_backward(call), one, std::to_string(threads) + " threads");
-      }
+  for (const auto& [HV, every] : {std::pair{3, 1}, std::pair{3, 3}, std::pair{12, 3}}) {  // 12: in groups of value heads
+    Call call = make_call({.name = "Sharing", .T = 500, .H = 3, .HV = HV, .K = 40, .V = 72, .gate = Gate::in_kernel});
+    call.options.checkpoint_chunks = every;
+    call.options.context_parallel = FLASHDELTA_CONTEXT_PARALLEL_OFF;
+    call.options.num_threads = 1;
+    const Tensors one = forward_and_backward(call);
+    for (const int threads : {2, 8}) {
+      call.options.num_threads = threads;
+      expect_same_bits(forward_and_backward(call), one, std::to_string(threads) + " threads");
     }
   }
 }

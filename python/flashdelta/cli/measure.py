@@ -168,19 +168,16 @@ def run(shape: Shape, passes: tuple[str, ...], place: device.Cpu | device.Cuda, 
         kept = {"saved_c": saved.g_cumsum, "saved_T": saved.A, "saved_states": saved.h}
         outputs["backward"] = {**kept, "d_o": d_o, **gradients}
     workspaces = {}
-    measured = passes
+    measured = (*passes, SEPARATE) if on_cpu and "recurrent" in passes else passes
     if on_cpu:
-        prepared = _on_arrays(common, outputs)
+        prepared = _on_arrays(common, {name: outputs[name] for name in measured})
         calls = {name: call for name, (call, _) in prepared.items()}
         workspaces = {name: size for name, (_, size) in prepared.items()}
-        measured = (*passes, SEPARATE) if "recurrent" in passes else passes
     timers = {name: place.timer(calls[name]) for name in measured}
     seconds = timing.medians(timers, repeats)
     if on_cpu:  # the better of two: another program may have held a core during the first
         peak = max(filter(None, (peak, _lib.cpu_peak_gflops(shape.instruction_set, shape.threads))), default=None)
     floor = None if on_cpu else flops.cuda_floor(shape.chunk_heads, _moved_bytes((*placed.values(), o, final_state)))
     advance()
-    results = [Result(shape, name, seconds[name], workspaces.get(name), peak, timers[name].how, floor) for name in passes]
-    for result in results:
-        result.separate_seconds = seconds.get(SEPARATE) if result.operation == "recurrent" else None
-    return results
+    separate = {"recurrent": seconds.get(SEPARATE)}
+    return [Result(shape, name, seconds[name], workspaces.get(name), peak, timers[name].how, floor, separate.get(name)) for name in passes]

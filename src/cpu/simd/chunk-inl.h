@@ -57,16 +57,13 @@ HWY_INLINE double Sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : s
 
 HWY_INLINE double Softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
-// Log gate of a token before the floor; *slope (may be null) gets its derivative by the raw gate.
-HWY_INLINE double LogGate(const op::Problem& p, Index b, Index t, Index h, double* slope) {
-  if (slope != nullptr) *slope = 1;
+// Log gate of a token before the floor.
+HWY_INLINE double LogGate(const op::Problem& p, Index b, Index t, Index h) {
   if (!p.g) return 0;
   const double raw = ReadScalar(p.g, b, t, h);
   if (!p.gate_in_kernel) return raw;
-  const double rate = -std::exp(ReadScalar(p.A_log, h));
   const double x = raw + (p.dt_bias ? ReadScalar(p.dt_bias, h) : 0.0);
-  if (slope != nullptr) *slope = rate * Sigmoid(x);
-  return rate * Softplus(x);
+  return -std::exp(ReadScalar(p.A_log, h)) * Softplus(x);
 }
 
 HWY_INLINE double Beta(const op::Problem& p, Index b, Index t, Index h) {

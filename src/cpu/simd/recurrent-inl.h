@@ -113,7 +113,7 @@ void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scra
     LoadVector(p, p.k, seq.row, t, hk, 1, s.k);
     LoadVector(p, p.q, seq.row, t, hk, static_cast<float>(p.scale), s.q);
     LoadRow(p.v.dtype, p.v.at(seq.row, t, h), p.v.stride[3], p.V, s.v);
-    const auto g = static_cast<float>(std::exp(LogGate(p, seq.row, t, h, nullptr)));
+    const auto g = static_cast<float>(std::exp(LogGate(p, seq.row, t, h)));
     const auto beta = static_cast<float>(Beta(p, seq.row, t, h));
     Rule::Step(s, ld, p.V, g, beta);
     StoreRow(p.o.dtype, p.o.at(seq.row, t, h), p.o.stride[3], p.V, s.o);
