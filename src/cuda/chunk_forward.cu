@@ -273,7 +273,7 @@ void chunk_forward(const Problem& p) {
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
   arguments.initial_staged = has_state_map(p.initial_state);
-  arguments.halves = plan.header == nullptr && kTiles * p.N * p.HV <= count;
+  arguments.halves = plan.header == nullptr && halves_fit(p.N * p.HV, count);
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};

@@ -29,6 +29,9 @@ struct Item {
 constexpr int kBothConsumers = 3;
 static_assert(sizeof(Item) == 48);
 
+// Whether two halves of every pair have a multiprocessor each: what is cut nowhere then goes out so.
+__host__ __device__ constexpr bool halves_fit(std::int64_t pairs, int multiprocessors) { return kTiles * pairs <= multiprocessors; }
+
 constexpr int kScanColumns = 16;  // of a scan item
 constexpr int kScanBlocks = kHead / kScanColumns;
 // Arrivals that complete a boundary: both consumers of the one item that ends there, or of the transition and the local state.

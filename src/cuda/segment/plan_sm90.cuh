@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   device::allow_dependent_launch();
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
   Outcome outcome;
-  outcome.halves = kTiles * a.sequences.N * a.HV <= a.multiprocessors;
+  outcome.halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
   const int listed = a.mode == Mode::off ? 0 : make_outline(a, s, outcome.halves);
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
