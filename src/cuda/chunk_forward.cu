@@ -230,8 +230,6 @@ void chunk_forward(const Problem& p) {
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
   const segment::Mode mode = layout.mode;
   prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
-  check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
-
   Plan plan{};
   if (mode != segment::Mode::off || p.segment_counts.data != nullptr) {
     const auto at = [&](std::int64_t offset) { return reinterpret_cast<std::int32_t*>(base + offset); };
@@ -242,6 +240,10 @@ void chunk_forward(const Problem& p) {
     plan.transitions = reinterpret_cast<std::uint32_t*>(base + layout.transitions);
     plan.initial_read = layout.overwrites_initial ? at(layout.initial_read) : nullptr;
   }
+  prepared.plan = plan.header;
+  prepared.may_leave_uncut = mode != segment::Mode::off && !p.batch_invariant && p.num_segments == 0;
+  prepared.multiprocessors = count;
+  check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
   if (plan.header != nullptr) {
     segment::Arguments planned{};
     planned.sequences = sequences;

@@ -65,7 +65,7 @@ std::string record_of(const testing::UnitTest& run) {
   out << "  \"device\": " << quoted(device) << ",\n";
   out << "  \"date\": " << quoted(today()) << ",\n";
   out << "  \"tests\": { \"passed\": " << run.successful_test_count() << ", \"failed\": " << run.failed_test_count()
-      << ", \"skipped\": " << run.skipped_test_count() << " },\n";
+      << ", \"skipped\": " << run.skipped_test_count() << ", \"of\": " << run.total_test_count() << " },\n";
   out << "  \"worst_errors\": {";
   const char* separator = "";
   for (const auto& [name, error] : worst_errors()) {

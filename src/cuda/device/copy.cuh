@@ -9,8 +9,8 @@
 
 namespace flashdelta::cuda::device {
 
-// L2 policies for data read or written once (T, o).
-constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ULL;
+// L2 policies: for data read or written once (records, v, o), and any other.
+constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ULL, kEvictNormally = 0x1000000000000000ULL;
 
 // Orders this thread's shared-memory writes before later asynchronous copies or wgmma that read them.
 __device__ __forceinline__ void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -19,11 +19,13 @@ __device__ __forceinline__ void fence_shared_to_async() { asm volatile("fence.pr
 __device__ __forceinline__ void fence_global_to_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // A box of a (channel, token, tile, head, batch row) tensor, from `tile` on, into shared memory; `full` counts its bytes.
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int tile, int head, int token, int row) {
-  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
-                   shared_address(to)),
-               "l"(map), "r"(shared_address(&full)), "r"(0), "r"(token), "r"(tile), "r"(head), "r"(row)
-               : "memory");
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barrier& full, int tile, int head, int token, int row,
+                                         std::uint64_t policy = kEvictNormally) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], "
+      "%8;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(&full)), "r"(0), "r"(token), "r"(tile), "r"(head), "r"(row), "l"(policy)
+      : "memory");
 }
 // A box of a (column, row, head, sequence) tensor, from its first row on.
 __device__ __forceinline__ void load_columns(void* to, const CUtensorMap* map, Barrier& full, int column, int row, int head, int sequence) {

@@ -189,8 +189,8 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
 #pragma unroll
     for (int j = 0; j < 8; ++j) to[j] = device::load_shared_quad(from + 4 * j + column / 2);
   };
-  const auto load_values = [&](uint32_t (&to)[16]) {
-    const uint32_t from = device::shared_address(s.v[v_stage.at][w]) + v_offset;
+  const auto load_values = [&](uint32_t (&to)[16], int tile) {
+    const uint32_t from = device::shared_address(s.v[tile][w]) + v_offset;
 #pragma unroll
     for (int i = 0; i < 4; ++i) device::load_matrices_transposed(to + 4 * i, from + i * 2048);
   };
@@ -313,7 +313,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
           uint32_t S16[32], X16[16], V16[16];
           float2 factor[8];
           if (values) {
-            load_values(V16);
+            load_values(V16, v_stage.at);
           } else {
 #pragma unroll
             for (int i = 0; i < 16; ++i) V16[i] = 0;
@@ -334,7 +334,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         continue;
       }
       uint32_t V16[16];
-      load_values(V16);
+      load_values(V16, v_stage.at);
 #pragma unroll 1
       while (stop == 0) {
         const int at = stage.at;
@@ -366,7 +366,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         stage.next();
         v_stage.next();
         stop = waits_for_next(a.saved_states.data == nullptr);
-        load_values(V16);
+        load_values(V16, stop == 0 ? v_stage.at : v_at);  // in any case, but of a tile that is its own
         device::wgmma_wait<1>();
         device::hold(S);
         device::wgmma_wait<0>();
@@ -417,7 +417,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   device::fence_shared_to_async();
   __syncthreads();
-  device::wait_for_previous_launch();
   if (group == 3) {
     device::fewer_registers<kProducerRegisters>();
     if (tid == 0) produce_keys(a, s, &map_q, &map_k, &map_state);

@@ -22,9 +22,12 @@ struct Claims {
     first = a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : -1;
     halves = a.halves;
     if (a.plan.header != nullptr) {
+      segment::wait_for_count(&a.plan.header->ready, 1);
       tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole, halves = a.plan.header->halves != 0;
     }
   }
+  // Where pairs are cut, L2 has states at boundaries to keep; else the value heads of a key head read its queries one soon after another.
+  __device__ __forceinline__ std::uint64_t query_policy() const { return tickets > 0 ? device::kEvictFirst : device::kEvictNormally; }
   __device__ __forceinline__ int ticket(const Arguments& a) {
     if (first >= 0) {
       const int mine = first;
@@ -135,17 +138,15 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
     device::barrier_arrive(s.item_full[ring.at]);
     ring.next();
   };
+  // Chunks whose k and q may be loaded before `prepare` has ended: the first item's. 0: it has ended.
+  int early = kStages;
   int ahead = -1;  // chunk at which the next item is claimed; -1: now
 #pragma unroll 1
   for (int at = 0;; at = (at + 1) % kWorkRing) {
     if (ahead < 0) claim();
     const Work& work = s.work[at];
     const int chunks = work.item.chunks;
-    if (chunks < 0) return;
-    if (a.bounded_maps != nullptr && work.ragged()) {
-      device::acquire_map(bounded(a, work.item.sequence, kMapQ));
-      device::acquire_map(bounded(a, work.item.sequence, kMapK));
-    }
+    if (chunks < 0) break;
     const int key_head = work.item.head / (a.HV / a.H), row = work.row, warm = work.item.warm, first = work.item.first;
     const int tail = tail_of(a, work);
     int token = work.token + first * kChunk;
@@ -165,25 +166,40 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
         device::barrier_arrive(loaded);
       }
       stage.next();
+      if (early == kStages) --early;
     }
+    int tiles = 0;  // chunks whose k and q are on their way
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
       if (c == ahead) claim();
+#pragma unroll 1
+      for (const int end = max(c + 1, min(early, chunks)); tiles < end; ++tiles) {
+        const CUtensorMap *k = map_k, *q = map_q;
+        if (tiles == tail) {
+          device::wait_for_previous_launch();  // `prepare` makes them
+          k = bounded(a, work.item.sequence, kMapK), q = bounded(a, work.item.sequence, kMapQ);
+          device::acquire_map(k), device::acquire_map(q);
+        }
+        const int to = stage.at + tiles - c;  // stages ahead are on their first round
+        Barrier& loaded = s.loaded[to];
+        device::barrier_wait(s.released[to], stage.parity ^ 1);
+        device::barrier_arrive_expect(loaded, (tiles >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+        device::load_box(s.k[to], k, loaded, 0, key_head, token, row);
+        if (tiles >= warm) device::load_box(s.q[to], q, loaded, 0, key_head, token, row, claims.query_policy());
+        token += kChunk;
+      }
+      if (early > 0) device::wait_for_previous_launch(), early = 0;
       Barrier& loaded = s.loaded[stage.at];
-      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
-      device::load_box(s.k[stage.at], c == tail ? bounded(a, work.item.sequence, kMapK) : map_k, loaded, 0, key_head, token, row);
       unsigned char* t = s.t[stage.at].panels;
       device::load_bytes(t, record, panel_offset(1), loaded);
       device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
       device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
-      if (c >= warm) {
-        device::load_box(s.q[stage.at], c == tail ? bounded(a, work.item.sequence, kMapQ) : map_q, loaded, 0, key_head, token, row);
-      }
-      record += record_step, token += kChunk;
+      record += record_step;
       stage.next();
     }
+    early = min(early, 1);
   }
+  device::wait_for_previous_launch();  // a launch must not end before those that it follows
 }
 
 // In the scanning consumers' place: a release to the whole device takes longer than a step.
@@ -233,10 +249,6 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
       }
       stage.next();
     }
-    if (a.bounded_maps != nullptr && work.ragged()) {
-      device::acquire_map(bounded(a, work.item.sequence, kMapV));
-      device::acquire_map(bounded(a, work.item.sequence, kMapO));
-    }
     const int head = work.item.head, row = work.row, warm = work.item.warm, consumers = work.item.consumers, tail = tail_of(a, work);
     const int bytes = consumers == kBothConsumers ? kTiles * kTileBytes : kTileBytes;
     int token = work.token + work.item.first * kChunk;
@@ -244,12 +256,18 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
     for (int c = 0; c < chunks; ++c) {
       store_output();
       device::barrier_arrive_expect(s.v_loaded[stage.at], bytes);
-      const CUtensorMap* map = c == tail ? bounded(a, work.item.sequence, kMapV) : map_v;
+      const CUtensorMap *v = map_v, *o = map_o;
+      if (c == tail) {
+        v = bounded(a, work.item.sequence, kMapV), o = bounded(a, work.item.sequence, kMapO);
+        device::wait_for_previous_launch();  // `prepare` makes them
+        device::acquire_map(v), device::acquire_map(o);
+      }
 #pragma unroll
       for (int w = 0; w < kTiles; ++w) {
-        if ((consumers >> w & 1) != 0) device::load_box(s.v[stage.at][w], map, s.v_loaded[stage.at], w, head, token, row);
+        if ((consumers >> w & 1) != 0)
+          device::load_box(s.v[stage.at][w], v, s.v_loaded[stage.at], w, head, token, row, device::kEvictFirst);
       }
-      if (c >= warm) s.output[stage.at] = {c == tail ? bounded(a, work.item.sequence, kMapO) : map_o, consumers, head, token, row};
+      if (c >= warm) s.output[stage.at] = {o, consumers, head, token, row};
       token += kChunk;
       stage.next();
     }

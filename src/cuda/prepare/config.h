@@ -37,8 +37,16 @@ constexpr float kLargestPlainNorm = 4.F;
 constexpr float kSmallestNorm = 1e-24F;
 constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 
-// CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 6 KB of exchange, 7 KB a warp), and
-// 128 registers a thread for four.
-constexpr int ctas_per_multiprocessor(int warps, bool split) { return warps == 1 || (warps == 2 && !split) ? 6 : warps == 2 ? 5 : 4; }
+// Sequences up to which a warp of `prepare` measures them all for the plan.
+constexpr int kMostTold = 1024;
+
+// CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 6 KB of exchange unless one warp
+// keeps that in registers, 7 KB a warp), and 128 registers a thread for four.
+constexpr int ctas_per_multiprocessor(int warps, bool split) {
+  return warps == 1 && !split ? 8 : warps == 1 || (warps == 2 && !split) ? 6 : warps == 2 ? 5 : 4;
+}
+// Registers of a thread that leave room for as many, a quarter of them on each quarter of a multiprocessor's registers; for one warp, so
+// that the plan of segments (two warps of 64 registers a quarter) fits beside two.
+constexpr int most_registers(int warps, bool split) { return warps == 1 ? (split ? 248 : 192) : warps == 4 ? 128 : 168; }
 
 }  // namespace flashdelta::cuda::prepare

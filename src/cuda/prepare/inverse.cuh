@@ -5,6 +5,8 @@
 // I - beta k k^T, so for beta |k|^2 <= 2 nothing exceeds 2 and fp16 operands (11 bits, against 8 in bf16) have the range.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device/fragment.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/prepare/config.h"
@@ -24,13 +26,14 @@ __device__ __forceinline__ void put_block(uint32_t at, int i, int j, const float
 
 // T of one value head. Split: operands L and T as a sum of two fp16 numbers.
 // Returns this lane's part of the sums of squares of L over the diagonal blocks (x), and of L with all products of keys 1 (y).
-template <Operand Type, bool Split, class S>
-__device__ __forceinline__ float2 invert(const S& s, const Factors& f, const BlockDecay& decay, uint32_t out, int lane) {
+template <Operand Type, bool Split, class S, class K>
+__device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factors& f, const BlockDecay& decay, uint32_t out, int lane) {
   using device::mma_16x8x16;
   using device::mma_16x8x8;
   using device::pack_f16;
   using device::pack_rest_f16;
   using device::transpose_matrix;
+  constexpr bool kKept = std::is_same_v<K, Kept<1, false>>;
   const int r = lane >> 2, q = lane & 3;
   // Which entries of an 8 x 8 block (row r, columns 2 q and 2 q + 1) belong to the widths 2, 4, 8 of the recursion, t: of its
   // transpose. Packed halves share a mask except at width 2.
@@ -47,7 +50,16 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
     const float2 R0 = f.gate[16 * i + r], R1 = f.gate[16 * i + 8 + r];
     const float4 C0 = *reinterpret_cast<const float4*>(&f.gate[16 * i + 2 * q]),
                  C1 = *reinterpret_cast<const float4*>(&f.gate[16 * i + 8 + 2 * q]);
-    const float2 d0 = s.diagonal[i][0][lane], d1 = s.diagonal[i][1][lane], d2 = s.diagonal[i][2][lane];
+    float2 d[3];
+#pragma unroll
+    for (int e = 0; e < 3; ++e) {
+      if constexpr (kKept) {
+        d[e] = kept.diagonal[i][e];
+      } else {
+        d[e] = s.diagonal[i][e][lane];
+      }
+    }
+    const float2 d0 = d[0], d1 = d[1], d2 = d[2];
     // -L^T above the diagonal; the one entry of -L that width 2 needs sits where on_second.
     const float w0 = device::exp2_fast(-fabsf(R0.x - C0.x)) * (on_second ? R0.y : C0.y), w1 = device::exp2_fast(-fabsf(R0.x - C0.z)) * C0.w;
     const float w2 = device::exp2_fast(-fabsf(R1.x - C1.x)) * (on_second ? R1.y : C1.y), w3 = device::exp2_fast(-fabsf(R1.x - C1.z)) * C1.w;
@@ -120,7 +132,8 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
 #pragma unroll
     for (int v = 0; v < 2; ++v) row_factor[m - 1][v] = *reinterpret_cast<const uint32_t*>(&f.row[16 * m + 8 * v + 2 * q]);
   }
-  const uint32_t above = device::shared_address(s.above) + lane * 16;
+  uint32_t above = 0;
+  if constexpr (!kKept) above = device::shared_address(s.above) + lane * 16;
   // Blocks below the diagonal, column by column from the right: T_IJ = (sum over M of T_IM (-L_MJ)) T_JJ, L without its column factor,
   // which Tb has.
 #pragma unroll
@@ -130,7 +143,12 @@ __device__ __forceinline__ float2 invert(const S& s, const Factors& f, const Blo
     for (int m = j + 1; m < 4; ++m) {
       const float between = m - j < 2 ? 1.F : j == 1 ? decay.d31 : m == 2 ? decay.d20 : decay.d30;
       uint32_t high[4], low[4];
-      device::load_matrices(high, above + pair_of(j, m) * 512);
+      if constexpr (kKept) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) high[e] = kept.above[pair_of(j, m)][e];
+      } else {
+        device::load_matrices(high, above + pair_of(j, m) * 512);
+      }
       if constexpr (Split) device::load_matrices(low, above + (6 + pair_of(j, m)) * 512);
 #pragma unroll
       for (int v = 0; v < 2; ++v) {

@@ -6,6 +6,7 @@
 
 #include "cuda/device/fragment.cuh"
 #include "cuda/layout.cuh"
+#include "cuda/segment/items.cuh"
 
 namespace flashdelta::cuda::prepare {
 
@@ -16,8 +17,11 @@ struct Arguments {
   Scalars g, beta, A_log, dt_bias;
   unsigned char* records;     // [slots, HV, record_bytes]
   CUtensorMap* bounded_maps;  // [N, kMaps]; null where no map needs a bound
-  int* counter;               // set to 0: the loop's items are handed out by it
-  signed char* bounds;        // [HV, forgotten_row(slots)], what each chunk forgets; null: not wanted
+  int* counter;               // set to 0 before a dependent launch may begin: the loop's items are handed out by it
+  PlanHeader* plan;           // made ready there where no cut can be worth it, else marked as not ready; null: the call has no plan
+  bool may_leave_uncut;       // the plan is by cost
+  int multiprocessors;
+  signed char* bounds;  // [HV, forgotten_row(slots)], what each chunk forgets; null: not wanted
   // Rows of o that belong to no sequence are set to zero here (packed calls).
   unsigned char* o;
   std::int64_t o_token, o_head;  // strides in bytes

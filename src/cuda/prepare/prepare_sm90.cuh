@@ -11,6 +11,7 @@
 #include "cuda/prepare/prepare.hpp"
 #include "cuda/prepare/saved.cuh"
 #include "cuda/prepare/shared.cuh"
+#include "cuda/segment/uncut.cuh"
 
 namespace flashdelta::cuda::prepare {
 
@@ -83,9 +84,19 @@ static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtenso
   }
 }
 
+// Whether the chunk loop has to wait for the plan. One warp.
+static __device__ __noinline__ void tell_of_plan(const Arguments& a, int lane) {
+  if (a.may_leave_uncut && a.sequences.N <= kMostTold) {
+    segment::hand_out_uncut(a.plan, a.sequences, a.H * a.group, a.multiprocessors, lane);
+  } else if (lane == 0) {
+    a.plan->ready = 0;
+  }
+  __threadfence();
+}
+
 // Split: T itself is wanted, for a backward.
 template <Operand Type, int W, bool Split>
-__global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
+__global__ void __maxnreg__(most_registers(W, Split))
     prepare_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
                    const __grid_constant__ CUtensorMap map_o) {
@@ -104,8 +115,10 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
     device::prefetch_map(&map_k);
     device::barrier_init(s.full, 1);
     device::barrier_init_fence();
-    if (blockIdx.x == 0) *a.counter = 0;
+    if (blockIdx.x == 0) *a.counter = 0, __threadfence();
   }
+  // The CTA with the fewest items.
+  if (a.plan != nullptr && blockIdx.x == gridDim.x - 1 && warp == W - 1) tell_of_plan(a, lane);
   if (warp == 0) find_places(a, s.place, 0, blockIdx.x, lane);
   if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   __syncthreads();
@@ -115,17 +128,20 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
   // Not sooner: what runs then takes instructions and memory from the first items.
   device::allow_dependent_launch();
 
-  const uint32_t address_a = device::shared_address(s.k) + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
-  const uint32_t address_b =
-      device::shared_address(s.k) + ((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4);
-  const uint32_t record = device::shared_address(derived.record[warp]);
-  const uint32_t record_row = record + (lane & 15) * 32 + (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
+  if (a.bounds != nullptr) clear_bounds_of_no_chunk(a);
+  constexpr bool kEarly = W <= 2;  // an item ahead, where there are registers
+  Given<W> given;
+  given.load(a, s.place[0], 0, tid);
+  // n: the item's number, modulo kPlaces, which is even. In shared memory: spilled, it would be read behind gates that are on their way.
+  int* const turn = &s.turn[warp];
+  if (lane == 0) *turn = 0;
+  __syncwarp();
 #pragma unroll 1
-  for (unsigned n = 0; s.place[n % kPlaces].rows > 0; ++n) {
-    const Place& here = s.place[n % kPlaces];
+  for (;;) {
+    const int n = device::load_shared_int(turn);
+    const Place& here = s.place[n];
     const Place& next = s.place[(n + 1) % kPlaces];
-    Given<W> given;
-    given.load(a, here, 0, tid);
+    if (here.rows <= 0) break;
     device::barrier_wait(s.full, n & 1);
     if (here.rows < kChunk) {  // what stands behind the end is not this sequence's
       for (int e = tid; e < (kChunk - here.rows) * 16; e += 32 * W) {
@@ -136,10 +152,12 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
       __syncthreads();
     }
     if (warp == 0 && next.rows == kNotYet) find_places(a, s.place, n + 1, next.slot, lane);
-    const KeyScale scale = key_products<Type, W, Split>(s, address_a, address_b, a.l2norm, warp, lane, [&] {
+    Kept<W, Split> kept;
+    const KeyScale scale = key_products<Type, W, Split>(s, kept, a.l2norm, warp, lane, [&] {
       given.put(a, s, tid);
       if (tid == 0 && next.rows > 0) load_k(next);
     });
+    if constexpr (kEarly) given.load(a, next, 0, tid);
 #pragma unroll 1
     for (int pass = 0; pass < a.group; pass += W) {
       if (pass > 0) {
@@ -148,52 +166,65 @@ __global__ void __launch_bounds__(32 * W, ctas_per_multiprocessor(W, Split))
         given.put(a, s, tid);
         __syncthreads();
       }
-      if (pass + warp >= a.group) continue;
+      const bool mine = pass + warp < a.group;
       const int head = here.h * a.group + pass + warp;
-      float2 whole;
-      const Gates x = activate(a, derived.head[warp].given.g, derived.head[warp].given.beta, here.rows, head, lane, whole);
-      BlockDecay decay;
-      float2 c;
-      const bool split = make_factors(x, s.key_scale, scale, derived.head[warp].factors, decay, c, lane);
-      if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
-      __syncwarp();
+      float2 whole, squares;
+      if (mine) {
+        const Gates x = activate(a, derived.head[warp].given.g, derived.head[warp].given.beta, here.rows, head, lane, whole);
+        BlockDecay decay;
+        float2 c;
+        const bool split = make_factors(x, s.key_scale, scale, derived.head[warp].factors, decay, c, lane);
+        if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
+        __syncwarp();
+        auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
+        reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
+        float2 beta = make_float2(x.b0, x.b1);
+        reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(0, 0);
+        if (scale == KeyScale::power_of_two) {
+          const int e0 = norm_exponent(s.norm[2 * lane]), e1 = norm_exponent(s.norm[2 * lane + 1]);
+          reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(static_cast<signed char>(e0), static_cast<signed char>(e1));
+          beta = make_float2(ldexpf(x.b0, e0), ldexpf(x.b1, e1));
+        }
+        reinterpret_cast<float2*>(tail.beta)[lane] = beta;
+        if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
+        if (a.bounds != nullptr) {
+          const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
+          if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * forgotten_row(a.slots) + here.slot] = forgotten(bound);
+        }
+        int row = lane;
+        device::keep(row);
+        const uint32_t record_row = device::shared_address(derived.record[warp]) + (row & 15) * 32 + (((row >> 4) ^ ((row >> 2) & 1)) << 4);
+        if (Split && split) {
+          squares = invert<Type, Split>(derived, kept, derived.head[warp].factors, decay, record_row, lane);
+        } else {
+          squares = invert<Type, false>(derived, kept, derived.head[warp].factors, decay, record_row, lane);
+        }
+      }
+      // To be there when the next item's products are made; not sooner, or the inverse would have too few registers.
+      if (!kEarly && pass + W >= a.group) given.load(a, s.place[(device::load_shared_int(turn) + 1) % kPlaces], 0, tid);
+      if (!mine) continue;
       auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
-      reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
-      float2 beta = make_float2(x.b0, x.b1);
-      reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(0, 0);
-      if (scale == KeyScale::power_of_two) {
-        const int e0 = norm_exponent(s.norm[2 * lane]), e1 = norm_exponent(s.norm[2 * lane + 1]);
-        reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(static_cast<signed char>(e0), static_cast<signed char>(e1));
-        beta = make_float2(ldexpf(x.b0, e0), ldexpf(x.b1, e1));
-      }
-      reinterpret_cast<float2*>(tail.beta)[lane] = beta;
-      if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
-      if (a.bounds != nullptr) {
-        const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
-        if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * forgotten_row(a.slots) + here.slot] = forgotten(bound);
-      }
-      float2 squares;
-      if (Split && split) {
-        squares = invert<Type, Split>(derived, derived.head[warp].factors, decay, record_row, lane);
-      } else {
-        squares = invert<Type, false>(derived, derived.head[warp].factors, decay, record_row, lane);
-      }
-      const bool hard = is_hard<Type>(squares, derived.head[warp].factors, s.norm, a.l2norm, here.rows, scale, tail, lane);
+      const Place& at = s.place[device::load_shared_int(turn)];  // here, read again
+      const bool hard = is_hard<Type>(squares, derived.head[warp].factors, s.norm, a.l2norm, at.rows, scale, tail, lane);
       if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
-      if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, derived.record[warp], whole, lane);
+      if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, at, head, derived.record[warp], whole, lane);
       device::fence_shared_to_async();
       __syncwarp();
       if (lane == 0) {
         const int bytes = record_bytes(a.l2norm);
-        unsigned char* const to = a.records + (static_cast<std::int64_t>(here.slot) * a.H * a.group + head) * bytes;
+        const uint32_t record = device::shared_address(derived.record[warp]);
+        unsigned char* const to = a.records + (static_cast<std::int64_t>(at.slot) * a.H * a.group + head) * bytes;
         // In the pieces that the chunk loop loads: tools that follow bulk copies match them.
         device::store_run(to, record, panel_offset(1));
         device::store_run(to + panel_offset(1), record + panel_offset(1), panel_offset(3) - panel_offset(1));
         device::store_bytes(to + panel_offset(3), record + panel_offset(3), bytes - panel_offset(3));
       }
     }
+    const int after = (device::load_shared_int(turn) + 1) % kPlaces;
+    __syncwarp();
+    if (lane == 0) *turn = after;
+    __syncwarp();
   }
-  if (a.bounds != nullptr) clear_bounds_of_no_chunk(a);
   if (lane == 0) device::wait_stores_done();
 }
 

@@ -39,13 +39,31 @@ union Head {
   unsigned char padded[800];
 };
 
+// K K^T, left by the warps for one another.
+template <int Warps, bool Split>
+struct Exchanged {
+  float2 diagonal[4][3][32];                             // the diagonal blocks' upper triangles, accumulator layout, lane last
+  alignas(16) uint32_t above[Split ? 12 : 6][2][2][32];  // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
+};
+template <>
+struct Exchanged<1, false> {};
+
+// And what a warp that makes all of it keeps in registers instead.
+template <int Warps, bool Split>
+struct Kept {};
+template <>
+struct Kept<1, false> {
+  float2 diagonal[4][3];
+  uint32_t above[6][4];
+};
+template <int Warps, bool Split>
+constexpr bool kKeeps = Warps == 1 && !Split;
+
 // What is there only after the products of keys.
 template <int Warps, bool Split>
-struct Derived {
+struct Derived : Exchanged<Warps, Split> {
   unsigned char record[Warps][record_bytes(true)];
   Head head[Warps];
-  float2 diagonal[4][3][32];                             // K K^T: the diagonal blocks' upper triangles, accumulator layout, lane last
-  alignas(16) uint32_t above[Split ? 12 : 6][2][2][32];  // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
 };
 
 // Split: operands of two fp16 numbers.
@@ -56,6 +74,7 @@ struct alignas(1024) Shared {
   float key_scale[kChunk];            // what keys are multiplied by, where they are
   Derived<Warps, Split> derived;
   Place place[kPlaces];  // of items n % kPlaces
+  int turn[Warps];       // each warp's n % kPlaces
   Barrier full;
 
   // 128 bytes for each warp that nothing else uses before the first item: of `norm` and `key_scale`.

@@ -106,8 +106,9 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
   if (a.plan.initial_read != nullptr) {
     for (int i = threadIdx.x; i < pairs; i += kThreads) a.plan.initial_read[i] = 0;
   }
+  __syncthreads();
   if (threadIdx.x != 0) return;
-  *a.plan.header = {t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors) ? 1 : 0};
+  hand_out(a.plan.header, t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors));
   if (a.counts == nullptr) return;
   a.counts[0] = pairs + warm_boundaries + t.dependents, a.counts[1] = warm_boundaries, a.counts[2] = t.dependents;
   a.counts[3] = warm_chunks;

@@ -1,8 +1,8 @@
 // What a plan by cost is made from before anything is known of the gates: lengths, and the pairs that may be cut.
 #pragma once
 
-#include "cuda/device/reciprocal.cuh"
 #include "cuda/segment/emit.cuh"
+#include "cuda/segment/uncut.cuh"
 
 namespace flashdelta::cuda::segment {
 
@@ -76,24 +76,13 @@ __device__ __forceinline__ void block_sums(int (&x)[N], int (&total)[N], int* sc
   }
 }
 
-// items / per, rounded up, with the reciprocal of per. Not a division: half an item is more than what the product errs by.
-__device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) { return floorf((items + per - 0.5F) * reciprocal); }
-
-// Longest, shortest and sum of the lengths of a packed call's sequences; empty ones are not the shortest.
-struct Lengths {
-  int longest, shortest;
-  unsigned sum;
-};
+// Of a packed call's sequences, by the block.
 __device__ __forceinline__ Lengths measure(const Arguments& a, Shared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Lengths x{0, 1 << 30, 0};
+  Lengths x = kNoLengths;
 #pragma unroll 1
-  for (int n = threadIdx.x; n < a.sequences.N; n += kThreads) {
-    const int chunks = a.sequences.span(n).chunks();
-    x.sum += chunks, x.longest = max(x.longest, chunks);
-    if (chunks > 0) x.shortest = min(x.shortest, chunks);
-  }
-  x = {__reduce_max_sync(~0U, x.longest), __reduce_min_sync(~0U, x.shortest), __reduce_add_sync(~0U, x.sum)};
+  for (int n = threadIdx.x; n < a.sequences.N; n += kThreads) x.add(a.sequences.span(n).chunks());
+  x = x.together();
   int* scratch = s.scratch[0];
   if (lane == 0) scratch[warp] = x.longest, scratch[kWarps + warp] = x.shortest, scratch[2 * kWarps + warp] = static_cast<int>(x.sum);
   __syncthreads();
@@ -149,31 +138,14 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
   reinterpret_cast<int*>(s.fails)[i] = 0;
   static_assert(sizeof(s.fails) == kThreads * sizeof(int) && kMostListed == kThreads);
 
-  const float P = static_cast<float>(a.multiprocessors), reciprocal = device::reciprocal(P);
-  const float pairs = static_cast<float>(a.sequences.N) * a.HV;
   const int row = (a.sequences.T + kChunk - 1) / kChunk;  // of a call that is not packed
-  bool alike = true;
-  float total = pairs * row;
-  x.longest = row;
-  if (packed) {
-    const Lengths lengths = measure(a, s);
-    alike = lengths.longest == lengths.shortest;
-    x.longest = lengths.longest, total = static_cast<float>(lengths.sum) * a.HV;
-  }
-  const float share = total * reciprocal, begins = kItem * pairs * reciprocal;
-  const auto uncut = [&](float chunk, float copies) {
-    const float longest = chunk * x.longest;
-    return alike ? rounded_up(copies * pairs, P, reciprocal) * (longest + kItem)
-                 : fmaxf(longest + kItem, copies * (chunk * share + begins) + 0.5F * longest);
-  };
-  x.uncut = uncut(1.F, 1.F);
-  const float as_halves = uncut(kHalf, 2.F);
-  x.halves = halves = as_halves < x.uncut;
-  x.uncut = fminf(x.uncut, as_halves);
-  x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
-  if (x.longest <= x.longest_whole || kImbalance * (share + begins) + kPlan > x.uncut) return 0;
+  const Lengths lengths = packed ? measure(a, s) : Lengths{row, row, static_cast<unsigned>(a.sequences.N) * row};
+  const Uncut uncut_call = uncut(lengths, a.sequences.N, a.HV, a.multiprocessors);
+  x.longest = lengths.longest, x.longest_whole = uncut_call.longest_whole, x.uncut = uncut_call.time;
+  x.halves = halves = uncut_call.halves;
+  if (!uncut_call.worth_cutting) return 0;
 
-  x.whole = total + kItem * pairs;
+  x.whole = uncut_call.total + kItem * static_cast<float>(a.sequences.N) * a.HV;
   if (packed) {
     if (!list_sequences(a, s, x)) return 0;
   } else {

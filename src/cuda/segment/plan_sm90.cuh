@@ -276,20 +276,25 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
   Outcome outcome;
   outcome.halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
-  const int listed = a.mode == Mode::off ? 0 : make_outline(a, s, outcome.halves);
+  // `prepare` may have found that there is nothing to plan.
+  const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != 0;
+  const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, outcome.halves);
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.sequences.N * a.HV; i += kThreads) a.plan.initial_read[i] = 0;
   }
+  const auto hand_it_out = [&] {
+    __syncthreads();
+    if (threadIdx.x == 0) hand_out(a.plan.header, outcome.tickets, outcome.longest_whole, outcome.halves);
+  };
+  if (listed == 0 && !told) hand_it_out();
 #pragma unroll 1
   for (int pass = a.rehearse && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
     if (pass == 1) device::wait_for_previous_launch();
     if (listed > 0) outcome = plan_by_cost(a, s, pass);
   }
-  if (a.counts != nullptr) __syncthreads();
-  if (threadIdx.x != 0) return;
-  *a.plan.header = {outcome.tickets, outcome.longest_whole, outcome.halves ? 1 : 0};
-  if (a.counts == nullptr) return;
+  if (listed > 0) hand_it_out();
+  if (threadIdx.x != 0 || a.counts == nullptr) return;
   const int warm = outcome.warm + s.figures[0];
   a.counts[0] = a.sequences.N * a.HV + warm + outcome.exact, a.counts[1] = warm, a.counts[2] = outcome.exact;
   a.counts[3] = outcome.warm_chunks + s.figures[1];

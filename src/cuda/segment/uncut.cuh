@@ -1,0 +1,74 @@
+// A call without cuts, from lengths alone: how long it takes, and whether cutting anything could be worth it. `prepare` asks first: where
+// the answer is no, the chunk loop need not wait for a plan.
+#pragma once
+
+#include "cuda/device/reciprocal.cuh"
+#include "cuda/segment/config.h"
+#include "cuda/segment/items.cuh"
+
+namespace flashdelta::cuda::segment {
+
+// Longest, shortest and sum of the lengths of a call's sequences, in chunks; empty ones are not the shortest.
+struct Lengths {
+  int longest, shortest;
+  unsigned sum;
+
+  __device__ __forceinline__ void add(int chunks) {
+    sum += chunks, longest = max(longest, chunks);
+    if (chunks > 0) shortest = min(shortest, chunks);
+  }
+  // Of the warp.
+  __device__ __forceinline__ Lengths together() const {
+    return {__reduce_max_sync(~0U, longest), __reduce_min_sync(~0U, shortest), __reduce_add_sync(~0U, sum)};
+  }
+};
+constexpr Lengths kNoLengths{0, 1 << 30, 0};
+
+// items / per, rounded up, with the reciprocal of per. Not a division: half an item is more than what the product errs by.
+__device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) { return floorf((items + per - 0.5F) * reciprocal); }
+
+// Times in chunks.
+struct Uncut {
+  float time, total;   // of the call; of all its chunks one after another
+  int longest_whole;   // pairs of at most as many chunks are never cut
+  bool halves;         // pairs are best taken as two halves
+  bool worth_cutting;  // at best
+};
+__device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, int HV, int multiprocessors) {
+  const float P = static_cast<float>(multiprocessors), reciprocal = device::reciprocal(P), pairs = static_cast<float>(N) * HV;
+  Uncut x;
+  x.total = static_cast<float>(lengths.sum) * HV;
+  const float share = x.total * reciprocal, begins = kItem * pairs * reciprocal;
+  const auto time = [&](float chunk, float copies) {
+    const float longest = chunk * lengths.longest;
+    return lengths.longest == lengths.shortest ? rounded_up(copies * pairs, P, reciprocal) * (longest + kItem)
+                                               : fmaxf(longest + kItem, copies * (chunk * share + begins) + 0.5F * longest);
+  };
+  const float whole = time(1.F, 1.F), as_halves = time(kHalf, 2.F);
+  x.halves = as_halves < whole, x.time = fminf(whole, as_halves);
+  x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
+  x.worth_cutting = lengths.longest > x.longest_whole && kImbalance * (share + begins) + kPlan <= x.time;
+  return x;
+}
+
+// The loop may begin. By one thread, behind a barrier of those that made the plan.
+__device__ __forceinline__ void hand_out(PlanHeader* header, int tickets, int longest_whole, bool halves) {
+  header->tickets = tickets, header->longest_whole = longest_whole, header->halves = halves ? 1 : 0;
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(&header->ready) : "memory");
+}
+
+// Lets the loop begin without a plan where no cut could be worth it, and else wait for one. One warp.
+__device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequences& sequences, int HV, int multiprocessors, int lane) {
+  Lengths mine = kNoLengths;
+#pragma unroll 1
+  for (int n = lane; n < sequences.N; n += 32) mine.add(sequences.span(n).chunks());
+  const Uncut x = uncut(mine.together(), sequences.N, HV, multiprocessors);
+  if (lane != 0) return;
+  if (x.worth_cutting) {
+    header->ready = 0;
+  } else {
+    hand_out(header, 0, 1 << 30, x.halves);
+  }
+}
+
+}  // namespace flashdelta::cuda::segment
