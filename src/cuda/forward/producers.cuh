@@ -138,8 +138,7 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
     device::barrier_arrive(s.item_full[ring.at]);
     ring.next();
   };
-  // Chunks whose k and q may be loaded before `prepare` has ended: the first item's. 0: it has ended.
-  int early = kStages;
+  bool first_item = true;
   int ahead = -1;  // chunk at which the next item is claimed; -1: now
 #pragma unroll 1
   for (int at = 0;; at = (at + 1) % kWorkRing) {
@@ -166,38 +165,52 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
         device::barrier_arrive(loaded);
       }
       stage.next();
-      if (early == kStages) --early;
     }
-    int tiles = 0;  // chunks whose k and q are on their way
+    const auto load_record = [&](int to) {
+      unsigned char* t = s.t[to].panels;
+      device::load_bytes(t, record, panel_offset(1), s.loaded[to]);
+      device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), s.loaded[to]);
+      device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), s.loaded[to]);
+      record += record_step;
+    };
+    int c = 0;
+    if (first_item) {
+      // Its first tiles do not wait for `prepare`, the records do. Stages are on their first round, unless items without chunks came before.
+      first_item = false;
+      const int most = work.item.scan_steps > 0 ? 0 : min(chunks, kStages - stage.at), begun = tail >= 0 ? min(most, tail) : most;
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
-      if (c == ahead) claim();
-#pragma unroll 1
-      for (const int end = max(c + 1, min(early, chunks)); tiles < end; ++tiles) {
-        const CUtensorMap *k = map_k, *q = map_q;
-        if (tiles == tail) {
-          device::wait_for_previous_launch();  // `prepare` makes them
-          k = bounded(a, work.item.sequence, kMapK), q = bounded(a, work.item.sequence, kMapQ);
-          device::acquire_map(k), device::acquire_map(q);
-        }
-        const int to = stage.at + tiles - c;  // stages ahead are on their first round
-        Barrier& loaded = s.loaded[to];
-        device::barrier_wait(s.released[to], stage.parity ^ 1);
-        device::barrier_arrive_expect(loaded, (tiles >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
-        device::load_box(s.k[to], k, loaded, 0, key_head, token, row);
-        if (tiles >= warm) device::load_box(s.q[to], q, loaded, 0, key_head, token, row, claims.query_policy());
+      for (int i = 0; i < begun; ++i) {
+        Barrier& loaded = s.loaded[stage.at + i];
+        device::barrier_arrive_expect(loaded, (i >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+        device::load_box(s.k[stage.at + i], map_k, loaded, 0, key_head, token, row);
+        if (i >= warm) device::load_box(s.q[stage.at + i], map_q, loaded, 0, key_head, token, row, claims.query_policy());
         token += kChunk;
       }
-      if (early > 0) device::wait_for_previous_launch(), early = 0;
+      device::wait_for_previous_launch();
+#pragma unroll 1
+      for (; c < begun; ++c) {
+        load_record(stage.at);
+        stage.next();
+      }
+      if (ahead >= 0 && ahead < c) claim();
+    }
+#pragma unroll 1
+    for (; c < chunks; ++c) {
+      if (c == ahead) claim();
+      const CUtensorMap *k = map_k, *q = map_q;
+      if (c == tail) {
+        k = bounded(a, work.item.sequence, kMapK), q = bounded(a, work.item.sequence, kMapQ);
+        device::acquire_map(k), device::acquire_map(q);
+      }
       Barrier& loaded = s.loaded[stage.at];
-      unsigned char* t = s.t[stage.at].panels;
-      device::load_bytes(t, record, panel_offset(1), loaded);
-      device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
-      device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
-      record += record_step;
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+      device::load_box(s.k[stage.at], k, loaded, 0, key_head, token, row);
+      load_record(stage.at);
+      if (c >= warm) device::load_box(s.q[stage.at], q, loaded, 0, key_head, token, row, claims.query_policy());
+      token += kChunk;
       stage.next();
     }
-    early = min(early, 1);
   }
   device::wait_for_previous_launch();  // a launch must not end before those that it follows
 }
