@@ -16,6 +16,7 @@
 #include "cuda/prepare/prepare.hpp"
 #include "cuda/segment/config.h"
 #include "cuda/segment/segment.hpp"
+#include "cuda/segment/uncut.cuh"
 #include "cuda/status.hpp"
 #include "cuda/tensor_map.hpp"
 
@@ -72,7 +73,7 @@ bool overlap(const op::Tensor& a, const op::Tensor& b) {
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
 struct Layout {
   std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
-  std::int64_t states = 0, transitions = 0, records = 0, size = 0;
+  std::int64_t states = 0, transitions = 0, done = 0, records = 0, size = 0;
   segment::Mode mode = segment::Mode::off;
   segment::Room room;
   bool overwrites_initial = false;  // final_state may, while another item still reads
@@ -98,7 +99,8 @@ Layout layout_of(const Problem& p) {
   layout.bounds = aligned(layout.initial_read + (layout.overwrites_initial ? p.N * p.HV * 4 : 0) + kForgottenGroup);
   layout.states = aligned(layout.bounds + (cuts ? forgotten_row(static_cast<int>(numbers)) * p.HV : 0));
   layout.transitions = aligned(layout.states + boundary);
-  layout.records = aligned(layout.transitions + boundary);
+  layout.done = aligned(layout.transitions + boundary);
+  layout.records = aligned(layout.done + numbers * p.HV * 4);
   layout.size = layout.records + numbers * p.HV * record_bytes(p.qk_l2norm) + 64;
   return layout;
 }
@@ -228,7 +230,13 @@ void chunk_forward(const Problem& p) {
   prepared.saved_states = states(p.saved_states);
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
-  const segment::Mode mode = layout.mode;
+  // Without packs lengths are known here, and may be enough to tell that nothing is worth a cut.
+  const bool by_cost = layout.mode != segment::Mode::off && !p.batch_invariant && p.num_segments == 0;
+  const int row_chunks = static_cast<int>((p.T + kChunk - 1) / kChunk);
+  const segment::Uncut uncut =
+      segment::uncut({row_chunks, row_chunks, static_cast<unsigned>(p.N * row_chunks)}, sequences.N, static_cast<int>(p.HV), count);
+  const bool told = by_cost && p.cu_seqlens == nullptr && !uncut.worth_cutting && p.segment_counts.data == nullptr;
+  const segment::Mode mode = told ? segment::Mode::off : layout.mode;
   prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
   Plan plan{};
   if (mode != segment::Mode::off || p.segment_counts.data != nullptr) {
@@ -241,8 +249,9 @@ void chunk_forward(const Problem& p) {
     plan.initial_read = layout.overwrites_initial ? at(layout.initial_read) : nullptr;
   }
   prepared.plan = plan.header;
-  prepared.may_leave_uncut = mode != segment::Mode::off && !p.batch_invariant && p.num_segments == 0;
+  prepared.may_leave_uncut = by_cost;
   prepared.multiprocessors = count;
+  prepared.done = reinterpret_cast<std::int32_t*>(base + layout.done);
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
   if (plan.header != nullptr) {
     segment::Arguments planned{};
@@ -269,13 +278,14 @@ void chunk_forward(const Problem& p) {
   arguments.l2norm = p.qk_l2norm;
   arguments.scale = static_cast<float>(p.scale);
   arguments.records = prepared.records;
+  arguments.done = prepared.done;
   arguments.bounded_maps = bounded_maps;
   arguments.counter = counter;
   arguments.plan = plan;
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
   arguments.initial_staged = has_state_map(p.initial_state);
-  arguments.halves = plan.header == nullptr && halves_fit(p.N * p.HV, count);
+  arguments.halves = plan.header == nullptr && (told ? uncut.halves : halves_fit(p.N * p.HV, count));
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};

@@ -15,14 +15,16 @@ __device__ __forceinline__ int tail_of(const Arguments& a, const Work& work) {
 // Hands out work: a plan's items ticket by ticket, then the (sequence, head) pairs that the plan leaves whole.
 struct Claims {
   int tickets = 0, longest_whole = 1 << 30, more = -1, first;
-  bool halves;  // pairs go out as two items of 64 value columns each
+  bool halves;                 // pairs go out as two items of 64 value columns each
+  bool records_there = false;  // all of them: a plan is made from what `prepare` finds
 
   __device__ __forceinline__ explicit Claims(const Arguments& a) {
     // Without a plan no item waits for another, and the first ticket may be the block's own.
     first = a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : -1;
     halves = a.halves;
     if (a.plan.header != nullptr) {
-      segment::wait_for_count(&a.plan.header->ready, 1);
+      segment::wait_for_count(&a.plan.header->ready, kByLengths);
+      records_there = a.plan.header->ready == kByPlan;
       tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole, halves = a.plan.header->halves != 0;
     }
   }
@@ -173,26 +175,36 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), s.loaded[to]);
       record += record_step;
     };
+    const auto load_tiles = [&](int c, int to, const CUtensorMap* k, const CUtensorMap* q) {
+      Barrier& loaded = s.loaded[to];
+      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+      device::load_box(s.k[to], k, loaded, 0, key_head, token, row);
+      if (c >= warm) device::load_box(s.q[to], q, loaded, 0, key_head, token, row, claims.query_policy());
+      token += kChunk;
+    };
     int c = 0;
     if (first_item) {
-      // Its first tiles do not wait for `prepare`, the records do. Stages are on their first round, unless items without chunks came before.
+      // Its tiles do not wait for `prepare`, and the first records each for itself.
       first_item = false;
-      const int most = work.item.scan_steps > 0 ? 0 : min(chunks, kStages - stage.at), begun = tail >= 0 ? min(most, tail) : most;
+      const bool one_by_one = a.done != nullptr && !claims.records_there;
+      if (!one_by_one) device::wait_for_previous_launch();
+      const int end = min(tail >= 0 ? tail : chunks, kOneByOne);
+      const std::int32_t* done = a.done + static_cast<std::int64_t>(work.slot + first) * a.HV + work.item.head;
+      int tiles = 0;
 #pragma unroll 1
-      for (int i = 0; i < begun; ++i) {
-        Barrier& loaded = s.loaded[stage.at + i];
-        device::barrier_arrive_expect(loaded, (i >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
-        device::load_box(s.k[stage.at + i], map_k, loaded, 0, key_head, token, row);
-        if (i >= warm) device::load_box(s.q[stage.at + i], map_q, loaded, 0, key_head, token, row, claims.query_policy());
-        token += kChunk;
-      }
-      device::wait_for_previous_launch();
+      for (; c < end; ++c, done += a.HV) {
+        if (c == ahead) claim();
 #pragma unroll 1
-      for (; c < begun; ++c) {
+        for (; tiles < end && tiles <= (c == 0 ? kStages - 1 - stage.at : c); ++tiles) {
+          const int to = stage.at + tiles - c;
+          device::barrier_wait(s.released[to], stage.parity ^ 1);
+          load_tiles(tiles, to, map_k, map_q);
+        }
+        if (one_by_one) segment::wait_for_count(done, 1), device::fence_global_to_async();
         load_record(stage.at);
         stage.next();
       }
-      if (ahead >= 0 && ahead < c) claim();
+      device::wait_for_previous_launch();
     }
 #pragma unroll 1
     for (; c < chunks; ++c) {
@@ -202,13 +214,9 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
         k = bounded(a, work.item.sequence, kMapK), q = bounded(a, work.item.sequence, kMapQ);
         device::acquire_map(k), device::acquire_map(q);
       }
-      Barrier& loaded = s.loaded[stage.at];
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
-      device::load_box(s.k[stage.at], k, loaded, 0, key_head, token, row);
+      load_tiles(c, stage.at, k, q);
       load_record(stage.at);
-      if (c >= warm) device::load_box(s.q[stage.at], q, loaded, 0, key_head, token, row, claims.query_policy());
-      token += kChunk;
       stage.next();
     }
   }

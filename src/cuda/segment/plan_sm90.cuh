@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   Outcome outcome;
   outcome.halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
   // `prepare` may have found that there is nothing to plan.
-  const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != 0;
+  const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != kNotReady;
   const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, outcome.halves);
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   }
   const auto hand_it_out = [&] {
     __syncthreads();
-    if (threadIdx.x == 0) hand_out(a.plan.header, outcome.tickets, outcome.longest_whole, outcome.halves);
+    if (threadIdx.x == 0) hand_out(a.plan.header, outcome.tickets, outcome.longest_whole, outcome.halves, kByPlan);
   };
   if (listed == 0 && !told) hand_it_out();
 #pragma unroll 1
