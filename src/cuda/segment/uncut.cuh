@@ -25,7 +25,9 @@ struct Lengths {
 constexpr Lengths kNoLengths{0, 1 << 30, 0};
 
 // items / per, rounded up, with the reciprocal of per. Not a division: half an item is more than what the product errs by.
-__host__ __device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) { return floorf((items + per - 0.5F) * reciprocal); }
+__host__ __device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) {
+  return floorf((items + per - 0.5F) * reciprocal);
+}
 
 // Times in chunks.
 struct Uncut {
