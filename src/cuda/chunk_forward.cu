@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <limits>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/cuda.hpp"
@@ -19,6 +18,7 @@
 #include "cuda/segment/uncut.cuh"
 #include "cuda/status.hpp"
 #include "cuda/tensor_map.hpp"
+#include "op/check_sequences.hpp"
 
 namespace flashdelta::cuda {
 namespace {
@@ -53,23 +53,6 @@ segment::Mode mode_of(const Problem& p) {
   return p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_EXACT ? segment::Mode::exact : segment::Mode::automatic;
 }
 
-// Whether two strided tensors may share memory.
-bool overlap(const op::Tensor& a, const op::Tensor& b) {
-  if (a.data == nullptr || b.data == nullptr) return false;
-  const auto range = [](const op::Tensor& t) {
-    std::int64_t low = 0, high = 0;
-    for (int i = 0; i < t.rank; ++i) {
-      const std::int64_t reach = (t.shape[i] - 1) * t.stride[i];
-      (reach < 0 ? low : high) += reach;
-    }
-    const auto* base = static_cast<const char*>(t.data);
-    return std::pair{base + low * op::size_of(t.dtype), base + (high + 1) * op::size_of(t.dtype)};
-  };
-  const auto [a_low, a_high] = range(a);
-  const auto [b_low, b_high] = range(b);
-  return a_low < b_high && b_low < a_high;
-}
-
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
 struct Layout {
   std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
@@ -85,7 +68,7 @@ Layout layout_of(const Problem& p) {
   Layout layout;
   layout.mode = mode_of(p);
   const bool cuts = layout.mode != segment::Mode::off;
-  layout.overwrites_initial = cuts && overlap(p.initial_state, p.final_state);
+  layout.overwrites_initial = cuts && p.states_overlap;
   layout.maps = aligned(layout.counter + sizeof(int));
   const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
   layout.room = segment::room_of(p.N * p.HV, numbers, p.HV, layout.mode, p.batch_invariant, p.num_segments);
@@ -158,16 +141,9 @@ void check_offsets(const Problem& p, cudaStream_t stream) {
           "reading cu_seqlens");
   }
   check(cudaStreamSynchronize(stream), "reading cu_seqlens");
-  std::int64_t before = 0;
-  for (std::int64_t i = 0; i <= p.N; ++i) {
-    const std::int64_t x = p.cu_seqlens_int64 ? reinterpret_cast<const std::int64_t*>(bytes.data())[i]
-                                              : reinterpret_cast<const std::int32_t*>(bytes.data())[i];
-    if (x < before || x > p.T) {
-      throw op::Error(FLASHDELTA_VALUE_ERROR, "cu_seqlens: entry " + std::to_string(i) + " is " + std::to_string(x) +
-                                                  "; it must be within [" + std::to_string(before) + ", " + std::to_string(p.T) + "]");
-    }
-    before = x;
-  }
+  Problem on_host = p;
+  on_host.cu_seqlens = bytes.data(), on_host.cu_seqlens_stride = 1;
+  op::check_offsets(on_host);
 }
 
 }  // namespace
