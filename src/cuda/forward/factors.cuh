@@ -152,15 +152,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       float A[32];
       const uint64_t q = device::describe_rows_128(s.q[at][0]), k = device::describe_rows_128(s.k[at][0]);
       device::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 8; ++step) {
-        const int bytes = (step / 4) * kChunk * 128 + (step % 4) * 32;
-        if (step == 0) {
-          device::wgmma_ss_n64<Type, true>(A, q, k);
-        } else {
-          device::wgmma_ss_n64<Type, false>(A, device::advance(q, bytes), device::advance(k, bytes));
-        }
-      }
+      device::wgmma_ss_rows<Type>(A, q, k);
       device::wgmma_commit();
       const int row = warp * 16 + lane / 4;
       device::barrier_wait(s.normed[at], stage.parity);

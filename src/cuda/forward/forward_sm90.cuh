@@ -61,7 +61,7 @@ __device__ __forceinline__ void multiply_tile(float (&U)[32], const uint32_t* st
     if (step == 0) {
       device::wgmma_rs_n64<Type, true>(U, state, tile);
     } else {
-      device::wgmma_rs_n64<Type, false>(U, state + 4 * step, device::advance(tile, (step / 4) * kChunk * 128 + (step % 4) * 32));
+      device::wgmma_rs_n64<Type, false>(U, state + 4 * step, device::advance(tile, device::rows_step(step)));
     }
   }
 }

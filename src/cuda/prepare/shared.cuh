@@ -50,15 +50,15 @@ struct Exchanged<1, false> {};
 
 // And what a warp that makes all of it keeps in registers instead.
 template <int Warps, bool Split>
-struct Kept {};
+struct Kept {
+  static constexpr bool kUsed = false;
+};
 template <>
 struct Kept<1, false> {
+  static constexpr bool kUsed = true;
   float2 diagonal[4][3];
   uint32_t above[6][4];
 };
-template <int Warps, bool Split>
-constexpr bool kKeeps = Warps == 1 && !Split;
-
 // What is there only after the products of keys.
 template <int Warps, bool Split>
 struct Derived : Exchanged<Warps, Split> {

@@ -184,12 +184,13 @@ struct Outcome {
   bool halves;                                                                     // pairs that the plan leaves whole are two items
 };
 
-__device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass) {
+// halves: how pairs go out if nothing is cut.
+__device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass, bool halves) {
   const Outline& outline = s.outline;
   const int i = threadIdx.x, P = a.multiprocessors;
   const bool rehearsing = pass == 0;
   Outcome outcome;
-  outcome.halves = outline.halves;
+  outcome.halves = halves;
   if (a.mode == Mode::automatic) {
     find_windows(a, s, outline, s.fails[pass], rehearsing);
     __syncthreads();
@@ -274,11 +275,12 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   __shared__ Shared s;
   device::allow_dependent_launch();
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
-  Outcome outcome;
-  outcome.halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
+  bool halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
   // `prepare` may have found that there is nothing to plan.
   const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != kNotReady;
-  const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, outcome.halves);
+  const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, halves);
+  Outcome outcome;
+  outcome.halves = halves;
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.sequences.N * a.HV; i += kThreads) a.plan.initial_read[i] = 0;
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
 #pragma unroll 1
   for (int pass = a.rehearse && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
     if (pass == 1) device::wait_for_previous_launch();
-    if (listed > 0) outcome = plan_by_cost(a, s, pass);
+    if (listed > 0) outcome = plan_by_cost(a, s, pass, halves);
   }
   if (listed > 0) hand_it_out();
   if (threadIdx.x != 0 || a.counts == nullptr) return;
