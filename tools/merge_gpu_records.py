@@ -43,7 +43,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         merged = merge([json.loads(path.read_text()) for path in arguments.shards])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"GPU records: {error}", file=sys.stderr)
         return 1
     arguments.out.write_text(json.dumps(merged, indent=2) + "\n")
