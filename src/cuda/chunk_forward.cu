@@ -56,7 +56,7 @@ segment::Mode mode_of(const Problem& p) {
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
 struct Layout {
   std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
-  std::int64_t states = 0, transitions = 0, done = 0, records = 0, size = 0;
+  std::int64_t states = 0, transitions = 0, records = 0, size = 0;
   segment::Mode mode = segment::Mode::off;
   segment::Room room;
   bool overwrites_initial = false;  // final_state may, while another item still reads
@@ -82,8 +82,7 @@ Layout layout_of(const Problem& p) {
   layout.bounds = aligned(layout.initial_read + (layout.overwrites_initial ? p.N * p.HV * 4 : 0) + kForgottenGroup);
   layout.states = aligned(layout.bounds + (cuts ? forgotten_row(static_cast<int>(numbers)) * p.HV : 0));
   layout.transitions = aligned(layout.states + boundary);
-  layout.done = aligned(layout.transitions + boundary);
-  layout.records = aligned(layout.done + numbers * p.HV * 4);
+  layout.records = aligned(layout.transitions + boundary);
   layout.size = layout.records + numbers * p.HV * record_bytes(p.qk_l2norm) + 64;
   return layout;
 }
@@ -227,7 +226,6 @@ void chunk_forward(const Problem& p) {
   prepared.plan = plan.header;
   prepared.may_leave_uncut = by_cost;
   prepared.multiprocessors = count;
-  prepared.done = reinterpret_cast<std::int32_t*>(base + layout.done);
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
   if (plan.header != nullptr) {
     segment::Arguments planned{};
@@ -254,7 +252,6 @@ void chunk_forward(const Problem& p) {
   arguments.l2norm = p.qk_l2norm;
   arguments.scale = static_cast<float>(p.scale);
   arguments.records = prepared.records;
-  arguments.done = prepared.done;
   arguments.bounded_maps = bounded_maps;
   arguments.counter = counter;
   arguments.plan = plan;

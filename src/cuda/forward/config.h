@@ -22,9 +22,6 @@ constexpr int kScanBarrier = 5;      // both consumers
 
 // Chunks before an item's last at which the next item is claimed. Its loads begin three chunks before its first product.
 constexpr int kClaimAhead = 4;
-// Chunks of a CTA's first item whose records are waited for one by one, since the rest of `prepare` may still run. It has ended when they
-// are done, or nearly.
-constexpr int kOneByOne = 8;
 // Items in flight: one with the producer, and those that short ones leave open behind it.
 constexpr int kWorkRing = 4;
 

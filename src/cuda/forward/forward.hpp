@@ -16,7 +16,6 @@ struct Arguments {
   bool l2norm;
   float scale;
   const unsigned char* records;
-  const std::int32_t* done;         // of each record, by chunk number and value head: whether it is there; null: wait for all of them
   const CUtensorMap* bounded_maps;  // null where no map needs a bound
   int* counter;                     // hands out tickets; without a plan those after the first of each CTA
   Plan plan;

@@ -15,16 +15,14 @@ __device__ __forceinline__ int tail_of(const Arguments& a, const Work& work) {
 // Hands out work: a plan's items ticket by ticket, then the (sequence, head) pairs that the plan leaves whole.
 struct Claims {
   int tickets = 0, longest_whole = 1 << 30, more = -1, first;
-  bool halves;                 // pairs go out as two items of 64 value columns each
-  bool records_there = false;  // all of them: a plan is made from what `prepare` finds
+  bool halves;  // pairs go out as two items of 64 value columns each
 
   __device__ __forceinline__ explicit Claims(const Arguments& a) {
     // Without a plan no item waits for another, and the first ticket may be the block's own.
     first = a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : -1;
     halves = a.halves;
     if (a.plan.header != nullptr) {
-      segment::wait_for_count(&a.plan.header->ready, kByLengths);
-      records_there = a.plan.header->ready == kByPlan;
+      segment::wait_for_count(&a.plan.header->ready, 1);
       tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole, halves = a.plan.header->halves != 0;
     }
   }
@@ -183,28 +181,21 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       token += kChunk;
     };
     int c = 0;
-    if (first_item) {
-      // Its tiles do not wait for `prepare`, and the first records each for itself.
+    if (first_item) {  // its tiles do not wait for `prepare`
       first_item = false;
-      const bool one_by_one = a.done != nullptr && !claims.records_there;
-      if (!one_by_one) device::wait_for_previous_launch();
-      const int end = min(tail >= 0 ? tail : chunks, kOneByOne);
-      const std::int32_t* done = a.done + static_cast<std::int64_t>(work.slot + first) * a.HV + work.item.head;
-      int tiles = 0;
+      const int early = min(tail >= 0 ? tail : chunks, kStages - stage.at);
 #pragma unroll 1
-      for (; c < end; ++c, done += a.HV) {
+      for (int i = 0; i < early; ++i) {
+        device::barrier_wait(s.released[stage.at + i], stage.parity ^ 1);
+        load_tiles(i, stage.at + i, map_k, map_q);
+      }
+      device::wait_for_previous_launch();
+#pragma unroll 1
+      for (; c < early; ++c) {
         if (c == ahead) claim();
-#pragma unroll 1
-        for (; tiles < end && tiles <= (c == 0 ? kStages - 1 - stage.at : c); ++tiles) {
-          const int to = stage.at + tiles - c;
-          device::barrier_wait(s.released[to], stage.parity ^ 1);
-          load_tiles(tiles, to, map_k, map_q);
-        }
-        if (one_by_one) segment::wait_for_count(done, 1), device::fence_global_to_async();
         load_record(stage.at);
         stage.next();
       }
-      device::wait_for_previous_launch();
     }
 #pragma unroll 1
     for (; c < chunks; ++c) {

@@ -21,7 +21,6 @@ struct Arguments {
   PlanHeader* plan;           // made ready there where no cut can be worth it, else marked as not ready; null: the call has no plan
   bool may_leave_uncut;       // the plan is by cost
   int multiprocessors;
-  std::int32_t* done;   // [slots, HV]: 0 before a dependent launch may begin, 1 once the record is there; null: not wanted
   signed char* bounds;  // [HV, forgotten_row(slots)], what each chunk forgets; null: not wanted
   // Rows of o that belong to no sequence are set to zero here (packed calls).
   unsigned char* o;

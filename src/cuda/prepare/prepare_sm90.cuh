@@ -89,28 +89,9 @@ static __device__ __noinline__ void tell_of_plan(const Arguments& a, int lane) {
   if (a.may_leave_uncut && a.sequences.N <= kMostTold) {
     segment::hand_out_uncut(a.plan, a.sequences, a.H * a.group, a.multiprocessors, lane);
   } else if (lane == 0) {
-    a.plan->ready = kNotReady;
+    a.plan->ready = 0;
   }
   __threadfence();
-}
-
-// Of the items of this CTA no record is there yet.
-static __device__ __noinline__ void clear_done(const Arguments& a, int warp, int warps, int lane) {
-  const unsigned items = static_cast<unsigned>(a.slots) * a.H;
-#pragma unroll 1
-  for (unsigned item = blockIdx.x + warp * gridDim.x; item < items; item += warps * gridDim.x) {
-    for (int head = lane; head < a.group; head += 32) a.done[static_cast<std::int64_t>(item) * a.group + head] = 0;
-  }
-  __threadfence();
-}
-
-// The record that was being stored is there, and its place in shared memory free. One thread.
-__device__ __forceinline__ void finish_record(const Arguments& a, int pending) {
-  if (a.done == nullptr) return device::wait_stores_read();
-  device::wait_stores_done();
-  if (pending < 0) return;
-  device::fence_global_to_async();  // copies read it
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(a.done + pending) : "memory");
 }
 
 // Split: T itself is wanted, for a backward.
@@ -138,7 +119,6 @@ __global__ void __maxnreg__(most_registers(W, Split))
   }
   // The CTA with the fewest items.
   if (a.plan != nullptr && blockIdx.x == gridDim.x - 1 && warp == W - 1) tell_of_plan(a, lane);
-  if (a.done != nullptr) clear_done(a, warp, W, lane);
   if (warp == 0) find_places(a, s.place, 0, blockIdx.x, lane);
   if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   __syncthreads();
@@ -154,7 +134,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
   given.load(a, s.place[0], 0, tid);
   // n: the item's number, modulo kPlaces, which is even. In shared memory: spilled, it would be read behind gates that are on their way.
   int* const turn = &s.turn[warp];
-  if (lane == 0) *turn = 0, s.pending[warp] = -1;
+  if (lane == 0) *turn = 0;
   __syncwarp();
 #pragma unroll 1
   for (;;) {
@@ -194,7 +174,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
         BlockDecay decay;
         float2 c;
         const bool split = make_factors(x, s.key_scale, scale, derived.head[warp].factors, decay, c, lane);
-        if (lane == 0) finish_record(a, s.pending[warp]);
+        if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
         __syncwarp();
         auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
         reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
@@ -238,7 +218,6 @@ __global__ void __maxnreg__(most_registers(W, Split))
         device::store_run(to, record, panel_offset(1));
         device::store_run(to + panel_offset(1), record + panel_offset(1), panel_offset(3) - panel_offset(1));
         device::store_bytes(to + panel_offset(3), record + panel_offset(3), bytes - panel_offset(3));
-        s.pending[warp] = at.slot * a.H * a.group + head;
       }
     }
     const int after = (device::load_shared_int(turn) + 1) % kPlaces;
@@ -246,10 +225,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
     if (lane == 0) *turn = after;
     __syncwarp();
   }
-  if (lane == 0) {
-    finish_record(a, s.pending[warp]);
-    device::wait_stores_done();
-  }
+  if (lane == 0) device::wait_stores_done();
 }
 
 }  // namespace flashdelta::cuda::prepare

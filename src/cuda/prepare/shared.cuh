@@ -75,7 +75,6 @@ struct alignas(1024) Shared {
   Derived<Warps, Split> derived;
   Place place[kPlaces];  // of items n % kPlaces
   int turn[Warps];       // each warp's n % kPlaces
-  int pending[Warps];    // the record that each warp is storing, by slot and value head; -1: none
   Barrier full;
 
   // 128 bytes for each warp that nothing else uses before the first item: of `norm` and `key_scale`.

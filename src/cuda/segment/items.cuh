@@ -38,9 +38,8 @@ constexpr int kScanBlocks = kHead / kScanColumns;
 constexpr int kArrivalsWhole = 2, kArrivalsParts = 4;
 
 // A plan in the workspace. Tickets below `tickets` are items; those from there on are (sequence, head) pairs in order, of which the ones
-// of more than `longest_whole` chunks are in the items already. `ready` is not 0 when the rest is there: the loop begins then, not when
-// the plan's launch has ended. `prepare` sets it to kNotReady or kByLengths before anything is launched behind it, the plan to kByPlan.
-enum Ready : std::int32_t { kNotReady, kByLengths, kByPlan };
+// of more than `longest_whole` chunks are in the items already. `ready` is 1 when the rest is there: the loop begins then, not when the
+// plan's launch has ended. `prepare` sets it one way or the other before anything is launched behind it.
 struct PlanHeader {
   std::int32_t tickets, longest_whole, halves, ready;
 };

@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
   bool halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
   // `prepare` may have found that there is nothing to plan.
-  const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != kNotReady;
+  const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != 0;
   const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, halves);
   Outcome outcome;
   outcome.halves = halves;
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   }
   const auto hand_it_out = [&] {
     __syncthreads();
-    if (threadIdx.x == 0) hand_out(a.plan.header, outcome.tickets, outcome.longest_whole, outcome.halves, kByPlan);
+    if (threadIdx.x == 0) hand_out(a.plan.header, outcome.tickets, outcome.longest_whole, outcome.halves);
   };
   if (listed == 0 && !told) hand_it_out();
 #pragma unroll 1

@@ -54,9 +54,9 @@ __host__ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, i
 }
 
 // The loop may begin. By one thread, behind a barrier of those that made the plan.
-__device__ __forceinline__ void hand_out(PlanHeader* header, int tickets, int longest_whole, bool halves, Ready ready) {
+__device__ __forceinline__ void hand_out(PlanHeader* header, int tickets, int longest_whole, bool halves) {
   header->tickets = tickets, header->longest_whole = longest_whole, header->halves = halves ? 1 : 0;
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(&header->ready), "r"(static_cast<std::int32_t>(ready)) : "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(&header->ready) : "memory");
 }
 
 // Lets the loop begin without a plan where no cut could be worth it, and else wait for one. One warp.
@@ -67,9 +67,9 @@ __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequenc
   const Uncut x = uncut(mine.together(), sequences.N, HV, multiprocessors);
   if (lane != 0) return;
   if (x.worth_cutting) {
-    header->ready = kNotReady;
+    header->ready = 0;
   } else {
-    hand_out(header, 0, 1 << 30, x.halves, kByLengths);
+    hand_out(header, 0, 1 << 30, x.halves);
   }
 }
 
