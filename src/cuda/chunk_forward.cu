@@ -247,7 +247,7 @@ void chunk_forward(const Problem& p) {
 
   forward::Arguments arguments{};
   arguments.sequences = sequences;
-  arguments.H = prepared.H;
+  arguments.group = prepared.group;
   arguments.HV = static_cast<int>(p.HV);
   arguments.l2norm = p.qk_l2norm;
   arguments.scale = static_cast<float>(p.scale);

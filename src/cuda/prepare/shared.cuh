@@ -20,6 +20,9 @@ struct Factors {
   __half column[kChunk];  // exp(c at the end of this block - c)
 };
 
+// CTAs that take items. Where there is to be a plan, another one behind them tells whether the loop has to wait for it.
+__device__ __forceinline__ int workers(const Arguments& a) { return static_cast<int>(gridDim.x) - (a.plan != nullptr ? 1 : 0); }
+
 // Where a work item, a chunk of a key head, lies.
 struct Place {
   std::int64_t g, beta;  // element of the gates, of beta, at its first token and value head

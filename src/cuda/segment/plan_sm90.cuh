@@ -180,8 +180,8 @@ __device__ __forceinline__ float room_of_piece(const Arguments& a, const Model& 
 
 // What is left to write when the plan is made.
 struct Outcome {
-  int tickets = 0, longest_whole = 1 << 30, warm = 0, exact = 0, warm_chunks = 0;  // boundaries by kind
-  bool halves;                                                                     // pairs that the plan leaves whole are two items
+  int tickets = 0, longest_whole = kAllWhole, warm = 0, exact = 0, warm_chunks = 0;  // boundaries by kind
+  bool halves;                                                                       // pairs that the plan leaves whole are two items
 };
 
 // halves: how pairs go out if nothing is cut.
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
   bool halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
   // `prepare` may have found that there is nothing to plan.
-  const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != 0;
+  const bool told = look_at_header(a.plan.header).ready();
   const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, halves);
   Outcome outcome;
   outcome.halves = halves;

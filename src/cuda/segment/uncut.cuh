@@ -4,7 +4,7 @@
 
 #include "cuda/device/reciprocal.cuh"
 #include "cuda/segment/config.h"
-#include "cuda/segment/items.cuh"
+#include "cuda/segment/header.cuh"
 
 namespace flashdelta::cuda::segment {
 
@@ -53,12 +53,6 @@ __host__ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, i
   return x;
 }
 
-// The loop may begin. By one thread, behind a barrier of those that made the plan.
-__device__ __forceinline__ void hand_out(PlanHeader* header, int tickets, int longest_whole, bool halves) {
-  header->tickets = tickets, header->longest_whole = longest_whole, header->halves = halves ? 1 : 0;
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(&header->ready) : "memory");
-}
-
 // Lets the loop begin without a plan where no cut could be worth it, and else wait for one. One warp.
 __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequences& sequences, int HV, int multiprocessors, int lane) {
   Lengths mine = kNoLengths;
@@ -67,9 +61,9 @@ __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequenc
   const Uncut x = uncut(mine.together(), sequences.N, HV, multiprocessors);
   if (lane != 0) return;
   if (x.worth_cutting) {
-    header->ready = 0;
+    *header = PlanHeader::not_ready();
   } else {
-    hand_out(header, 0, 1 << 30, x.halves);
+    hand_out(header, 0, kAllWhole, x.halves);
   }
 }
 
