@@ -69,21 +69,15 @@ struct Claims {
   }
 };
 
-// An item of no sequence in front of all others, whose only use is that the consumers and those who make factors and P have their
-// instructions at hand when there is work: they come from far, and the first chunk would take three times as long as the next. Nothing is
-// loaded (the records' tails are zero, and whatever else lies there will do) and nothing is stored. A chunk of each kind, where the plan is
-// still being made. Returns where the first item will lie.
-__device__ __forceinline__ int rehearse(const Arguments& a, Shared& s, Place<kWorkRing>& ring, Place<kStages>& stage) {
-  if (a.saved_states.data != nullptr) return 0;  // a full chunk would store one
-  const int warm = a.plan.header != nullptr && !segment::look_at_header(a.plan.header).ready() ? 1 : 0;
-  Work& work = s.work[ring.at];
-  work.item = {kNoSequence, 0, 0, warm, warm + 1, From::zero, To::nowhere, 0, 0, 0, -1, 0, kBothConsumers};
-  work.row = work.token = work.slot = 0, work.length = (warm + 1) * kChunk, work.staged = Staged::no;
-  device::barrier_arrive(s.item_full[ring.at]);
-  ring.next();
-#pragma unroll 1
-  for (int c = 0; c <= warm; ++c, stage.next()) device::barrier_arrive(s.loaded[stage.at]);
-  return 1;
+// An item of no sequence and one chunk, in front of all others. Its only use is that the consumers and those who make factors and P have
+// their instructions at hand when there is work: they come from far, and the first chunk would take three times as long as the next.
+// Nothing is loaded (the records' tails are zero, and whatever else lies there will do) and nothing is stored. By one thread.
+__device__ __forceinline__ bool rehearses(const Arguments& a) { return a.saved_states.data == nullptr; }  // it would store one
+__device__ __forceinline__ void rehearse(Shared& s, int number, bool full) {
+  Work& work = s.work[number];
+  work.item = {kNoSequence, 0, 0, full ? 0 : 1, 1, From::zero, To::nowhere, 0, 0, 0, -1, 0, kBothConsumers};
+  work.row = work.token = work.slot = 0, work.length = kChunk, work.staged = Staged::no;
+  device::barrier_arrive(s.item_full[number]), device::barrier_arrive(s.loaded[number]);
 }
 
 // A boundary's state may be read by copies from here on.
@@ -147,12 +141,18 @@ __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, 
 
 __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k,
                                              const CUtensorMap* map_state) {
-  Place<kWorkRing> ring;
-  Place<kStages> stage;
   Claims claims(a);
   const int bytes = record_bytes(a.l2norm), record_step = a.HV * bytes;
-  int at = rehearse(a, s, ring, stage);
-  if (a.plan.header != nullptr) claims.plan = segment::wait_for_header(a.plan.header);
+  int at = rehearses(a) ? 1 : 0;  // items and stages so far
+  if (a.plan.header != nullptr) {
+    claims.plan = segment::look_at_header(a.plan.header);
+    if (!claims.plan.ready()) {
+      if (at > 0) rehearse(s, at++, false);
+      claims.plan = segment::wait_for_header(a.plan.header);
+    }
+  }
+  Place<kWorkRing> ring{at};
+  Place<kStages> stage{at};
   // Everything once in the code: it comes from far, and each line of it is waited for the first time that it runs.
   int sequence = 0, key_head = 0, row = 0, token = 0, warm = 0, tail = -1, c = 0, stop = 0, chunks = 0;
   const unsigned char* record = nullptr;
