@@ -15,8 +15,10 @@ constexpr int kPasses = 2;  // a rehearsal, and the plan
 struct alignas(16) Model {
   float time;
   float wanted;    // chunks of a segment
-  int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait
+  int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait, or their halves
   float costs[3];  // of all of each
+  int boundaries;  // segments that wait
+  bool halves;     // they go out as two halves of their value columns
 };
 enum ModelItem { kParts, kScans, kDependents, kModelItems };
 

@@ -200,7 +200,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   if (kImbalance * m.time + kGain > outline.uncut) return outcome;
 
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
-  const int segments = line.exact + m.items[kDependents], each = (segments + kThreads - 1) / kThreads;
+  const int segments = line.exact + m.boundaries, each = (segments + kThreads - 1) / kThreads;
   const int from = i * each, to = min(segments, from + each);
   const auto warm_of = [&](int boundary) { return s.warm_here[boundary]; };
   Counts numbers{};
@@ -239,6 +239,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
       t.late_pieces = pieces - t.early_pieces;
       t.late_last = t.dependents <= kShortScan * line.exact;
+      outcome.exact = t.dependents;
+      if (m.halves) t.dependents *= 2;
       numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
     }
 #pragma unroll 1
@@ -257,7 +259,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
         continue;
       }
       look_around(x, warm_of);
-      if (stage == 2) emit(a.plan.items, x, t, numbers, warm_of);
+      if (stage == 2) emit(a.plan.items, x, t, numbers, m.halves, warm_of);
       numbers.add(x);
       if (stage == 1) warm += x.warm;
     }
@@ -267,7 +269,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
     emit_line(a, s, line, t, begin, end, warm, a.counts != nullptr && !rehearsing);
   }
   outcome.tickets = t.count(), outcome.longest_whole = outline.longest_whole;
-  outcome.warm = t.firsts - line.exact, outcome.exact = t.dependents, outcome.halves = false;
+  outcome.warm = t.firsts - line.exact, outcome.halves = false;
   return outcome;
 }
 
