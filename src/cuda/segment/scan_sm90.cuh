@@ -104,7 +104,7 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
   };
   // Of the step that comes next, in registers since the step before: so its stages are free while that one ends.
   uint4 high[4][2], low[4][2];
-  float sum[2][4], local_state[2][4];
+  float sum[2][4];
   const auto load = [&] {
     if (half == 1) ring.let_pass();
     ring.wait();
@@ -113,7 +113,7 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
     for (int n = 0; n < 2; ++n) {
       const float2 x = *reinterpret_cast<const float2*>(local + boundary_offset(0, 8 * n) * 4),
                    y = *reinterpret_cast<const float2*>(local + boundary_offset(8, 8 * n) * 4);
-      local_state[n][0] = x.x, local_state[n][1] = x.y, local_state[n][2] = y.x, local_state[n][3] = y.y;
+      sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
     }
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
@@ -144,11 +144,6 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
     // Sums of their own for the three products: a chain of dependent products a third as long.
     float low_high[2][4] = {}, high_low[2][4] = {};
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[n][e] = local_state[n][e];
-    }
-#pragma unroll
     for (int b = 0; b < 4; ++b) {
       const uint32_t h0[4] = {high[b][0].x, high[b][1].x, high[b][0].y, high[b][1].y};
       const uint32_t h1[4] = {high[b][0].z, high[b][1].z, high[b][0].w, high[b][1].w};
@@ -166,7 +161,6 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
         device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, x.z, x.w);
       }
     }
-    if (step < item.scan_steps) load();  // while products run
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -179,6 +173,7 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       *reinterpret_cast<float2*>(to + boundary_offset(0, 8 * n)) = make_float2(sum[n][0], sum[n][1]);
       *reinterpret_cast<float2*>(to + boundary_offset(8, 8 * n)) = make_float2(sum[n][2], sum[n][3]);
     }
+    if (step < item.scan_steps) load();
     device::named_sync(barrier, 256);
     device::count_up_if(done, half == 0 && warp == 0 && lane == 0);
   }
