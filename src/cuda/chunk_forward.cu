@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <limits>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/cuda.hpp"
@@ -16,8 +15,10 @@
 #include "cuda/prepare/prepare.hpp"
 #include "cuda/segment/config.h"
 #include "cuda/segment/segment.hpp"
+#include "cuda/segment/uncut.cuh"
 #include "cuda/status.hpp"
 #include "cuda/tensor_map.hpp"
+#include "op/check_sequences.hpp"
 
 namespace flashdelta::cuda {
 namespace {
@@ -52,23 +53,6 @@ segment::Mode mode_of(const Problem& p) {
   return p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_EXACT ? segment::Mode::exact : segment::Mode::automatic;
 }
 
-// Whether two strided tensors may share memory.
-bool overlap(const op::Tensor& a, const op::Tensor& b) {
-  if (a.data == nullptr || b.data == nullptr) return false;
-  const auto range = [](const op::Tensor& t) {
-    std::int64_t low = 0, high = 0;
-    for (int i = 0; i < t.rank; ++i) {
-      const std::int64_t reach = (t.shape[i] - 1) * t.stride[i];
-      (reach < 0 ? low : high) += reach;
-    }
-    const auto* base = static_cast<const char*>(t.data);
-    return std::pair{base + low * op::size_of(t.dtype), base + (high + 1) * op::size_of(t.dtype)};
-  };
-  const auto [a_low, a_high] = range(a);
-  const auto [b_low, b_high] = range(b);
-  return a_low < b_high && b_low < a_high;
-}
-
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
 struct Layout {
   std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
@@ -84,7 +68,7 @@ Layout layout_of(const Problem& p) {
   Layout layout;
   layout.mode = mode_of(p);
   const bool cuts = layout.mode != segment::Mode::off;
-  layout.overwrites_initial = cuts && overlap(p.initial_state, p.final_state);
+  layout.overwrites_initial = cuts && p.states_overlap;
   layout.maps = aligned(layout.counter + sizeof(int));
   const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
   layout.room = segment::room_of(p.N * p.HV, numbers, p.HV, layout.mode, p.batch_invariant, p.num_segments);
@@ -156,16 +140,9 @@ void check_offsets(const Problem& p, cudaStream_t stream) {
           "reading cu_seqlens");
   }
   check(cudaStreamSynchronize(stream), "reading cu_seqlens");
-  std::int64_t before = 0;
-  for (std::int64_t i = 0; i <= p.N; ++i) {
-    const std::int64_t x = p.cu_seqlens_int64 ? reinterpret_cast<const std::int64_t*>(bytes.data())[i]
-                                              : reinterpret_cast<const std::int32_t*>(bytes.data())[i];
-    if (x < before || x > p.T) {
-      throw op::Error(FLASHDELTA_VALUE_ERROR, "cu_seqlens: entry " + std::to_string(i) + " is " + std::to_string(x) +
-                                                  "; it must be within [" + std::to_string(before) + ", " + std::to_string(p.T) + "]");
-    }
-    before = x;
-  }
+  Problem on_host = p;
+  on_host.cu_seqlens = bytes.data(), on_host.cu_seqlens_stride = 1;
+  op::check_offsets(on_host);
 }
 
 }  // namespace
@@ -228,7 +205,13 @@ void chunk_forward(const Problem& p) {
   prepared.saved_states = states(p.saved_states);
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
-  const segment::Mode mode = layout.mode;
+  // Without packs lengths are known here, and may be enough to tell that nothing is worth a cut.
+  const bool by_cost = layout.mode != segment::Mode::off && !p.batch_invariant && p.num_segments == 0;
+  const int row_chunks = static_cast<int>((p.T + kChunk - 1) / kChunk);
+  const segment::Uncut uncut =
+      segment::uncut({row_chunks, row_chunks, static_cast<unsigned>(p.N * row_chunks)}, sequences.N, static_cast<int>(p.HV), count);
+  const bool told = by_cost && p.cu_seqlens == nullptr && !uncut.worth_cutting && p.segment_counts.data == nullptr;
+  const segment::Mode mode = told ? segment::Mode::off : layout.mode;
   prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
   Plan plan{};
   if (mode != segment::Mode::off || p.segment_counts.data != nullptr) {
@@ -241,7 +224,7 @@ void chunk_forward(const Problem& p) {
     plan.initial_read = layout.overwrites_initial ? at(layout.initial_read) : nullptr;
   }
   prepared.plan = plan.header;
-  prepared.may_leave_uncut = mode != segment::Mode::off && !p.batch_invariant && p.num_segments == 0;
+  prepared.may_leave_uncut = by_cost;
   prepared.multiprocessors = count;
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
   if (plan.header != nullptr) {
@@ -264,7 +247,7 @@ void chunk_forward(const Problem& p) {
 
   forward::Arguments arguments{};
   arguments.sequences = sequences;
-  arguments.H = prepared.H;
+  arguments.group = prepared.group;
   arguments.HV = static_cast<int>(p.HV);
   arguments.l2norm = p.qk_l2norm;
   arguments.scale = static_cast<float>(p.scale);
@@ -275,7 +258,7 @@ void chunk_forward(const Problem& p) {
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
   arguments.initial_staged = has_state_map(p.initial_state);
-  arguments.halves = plan.header == nullptr && halves_fit(p.N * p.HV, count);
+  arguments.halves = plan.header == nullptr && (told ? uncut.halves : halves_fit(p.N * p.HV, count));
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};

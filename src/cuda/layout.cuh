@@ -79,14 +79,20 @@ struct Sequences {
   };
 
   __device__ int offset(int n) const {
-    const std::int64_t at = n * stride;
-    const std::int64_t x = is_int64 ? static_cast<const std::int64_t*>(cu_seqlens)[at] : static_cast<const std::int32_t*>(cu_seqlens)[at];
-    return static_cast<int>(x < 0 ? 0 : x > T ? T : x);
+    const auto* at = static_cast<const std::int32_t*>(cu_seqlens) + (n * stride << is_int64);
+    const std::int32_t low = at[0], high = is_int64 != 0 ? at[1] : low >> 31;
+    return high < 0 ? 0 : high > 0 || static_cast<std::uint32_t>(low) > static_cast<std::uint32_t>(T) ? T : low;
   }
   // Chunks are numbered without a scan: sequence n's first is begin / 64 + n, which leaves room for every sequence before it.
   __device__ int slot(int n) const {
     if (cu_seqlens == nullptr) return n * ((T + kChunk - 1) / kChunk);
     return offset(n) / kChunk + n;
+  }
+  // Tokens between the first sequence's first and the last one's last; T without packs.
+  __device__ int covered() const {
+    if (cu_seqlens == nullptr) return T;
+    const int begin = offset(0), end = offset(N);
+    return end > begin ? end - begin : 0;
   }
   __device__ Span span(int n) const {
     if (cu_seqlens == nullptr) return {n, 0, T, slot(n)};

@@ -245,6 +245,7 @@ Problem check_forward(const flashdelta_forward_args* args, Operation operation, 
   if (call.is_cuda()) check_cuda(p);
   if (with_workspace) call.workspace(args->workspace, args->workspace_size);
   check_overlap(call.footprints(), same_view(p.initial_state, p.final_state));
+  p.states_overlap = may_overlap(call.footprints(), "initial_state", "final_state");
   return p;
 }
 

@@ -11,7 +11,9 @@ bool is_int64(const DLTensor& tensor) {
   refuse_type(fmt::format("cu_seqlens: dtype is {}; it must be int32 or int64", dtype_name(t)));
 }
 
-void check_values(const Problem& p) {
+}  // namespace
+
+void check_offsets(const Problem& p) {
   std::int64_t before = 0;
   for (std::int64_t i = 0; i <= p.N; ++i) {
     const std::int64_t value = cu_seqlen(p, i);
@@ -23,8 +25,6 @@ void check_values(const Problem& p) {
     before = value;
   }
 }
-
-}  // namespace
 
 void check_sequences(const DLTensor* cu_seqlens, Problem* problem, Footprint* footprint) {
   Problem& p = *problem;
@@ -41,7 +41,7 @@ void check_sequences(const DLTensor* cu_seqlens, Problem* problem, Footprint* fo
   p.cu_seqlens = layout.data;
   p.cu_seqlens_stride = layout.stride[0];
   p.cu_seqlens_int64 = int64;
-  if (p.backend != Backend::cuda) check_values(p);
+  if (p.backend != Backend::cuda) check_offsets(p);
 }
 
 }  // namespace flashdelta::op

@@ -258,6 +258,15 @@ Tensor check_tensor(const Rule& rule, const DLTensor& tensor, Footprint* footpri
   return {layout.data, dtype, true, tensor.ndim, layout.shape, layout.stride};
 }
 
+bool may_overlap(const std::vector<Footprint>& footprints, std::string_view a, std::string_view b) {
+  const auto named = [&](std::string_view name) {
+    const auto found = std::find_if(footprints.begin(), footprints.end(), [&](const Footprint& x) { return x.name == name; });
+    return found == footprints.end() ? Footprint{} : *found;
+  };
+  const Footprint x = named(a), y = named(b);
+  return x.low < y.high && y.low < x.high;
+}
+
 void check_overlap(const std::vector<Footprint>& footprints, bool state_in_place) {
   const auto in_place = [&](const Footprint& a, const Footprint& b) {
     return state_in_place && a.name == std::string_view("initial_state") && b.name == std::string_view("final_state");

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "op/error.hpp"
@@ -93,6 +94,9 @@ Layout check_layout(const char* name, const DLTensor& tensor, std::int64_t eleme
 
 // A whole tensor against its rule.
 Tensor check_tensor(const Rule& rule, const DLTensor& tensor, Footprint* footprint);
+
+// Whether the tensors of these names may share bytes.
+bool may_overlap(const std::vector<Footprint>& footprints, std::string_view a, std::string_view b);
 
 // Refuses an output that certainly shares memory with another tensor. Interleaved slices of one buffer are not told apart further.
 void check_overlap(const std::vector<Footprint>& footprints, bool state_in_place);

@@ -60,6 +60,7 @@ struct Problem {
 
   Tensor q, k, v, g, beta, initial_state, A_log, dt_bias;
   Tensor o, final_state;                                             // forward, recurrent
+  bool states_overlap = false;                                       // initial_state and final_state may share bytes
   Tensor segment_counts;                                             // forward: contiguous; op/segment_counts.hpp
   Tensor saved_c, saved_T, saved_states;                             // out of forward, into backward
   Tensor d_o, d_final_state;                                         // backward, in

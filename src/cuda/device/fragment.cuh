@@ -98,10 +98,6 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&f)[4], std::uint32
                : "r"(address)
                : "memory");
 }
-// Two of them, addressed by lanes 0 to 15.
-__device__ __forceinline__ void load_two_matrices(std::uint32_t* f, std::uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(f[0]), "=r"(f[1]) : "r"(address) : "memory");
-}
 __device__ __forceinline__ void load_matrices_transposed(std::uint32_t* f, std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3])

@@ -105,6 +105,16 @@ __device__ __forceinline__ void wgmma_ss_n64(float (&d)[32], std::uint64_t a, st
 #undef FD_TEXT
 }
 
+// Bytes to k step `step` of 64 rows in two tiles of 64 channels each, described by rows.
+__device__ __forceinline__ constexpr int rows_step(int step) { return step / 4 * (64 * 128) + step % 4 * 32; }
+// d (64 x 64) = a b^T over 128 channels, both of 64 rows in two such tiles.
+template <Operand Type>
+__device__ __forceinline__ void wgmma_ss_rows(float (&d)[32], std::uint64_t a, std::uint64_t b) {
+  wgmma_ss_n64<Type, true>(d, a, b);
+#pragma unroll
+  for (int step = 1; step < 8; ++step) wgmma_ss_n64<Type, false>(d, advance(a, rows_step(step)), advance(b, rows_step(step)));
+}
+
 #undef FD_LIST16
 #undef FD_LIST32
 #undef FD_LIST64

@@ -22,6 +22,8 @@ constexpr int kScanBarrier = 5;      // both consumers
 
 // Chunks before an item's last at which the next item is claimed. Its loads begin three chunks before its first product.
 constexpr int kClaimAhead = 4;
+// The sequence of an item that only rehearses.
+constexpr int kNoSequence = -1;
 // Items in flight: one with the producer, and those that short ones leave open behind it.
 constexpr int kWorkRing = 4;
 

@@ -81,16 +81,19 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
 
 // --- the auxiliary warpgroup: P
 
-// Blocks (warp, 0 .. Blocks - 1) of P = scale * lower(q k^T) * G, from the rows of q k^T that this warp holds. Below the diagonal blocks
+// Blocks (warp, 0 .. warp) of P = scale * lower(q k^T) * G, from the rows of q k^T that this warp holds. Below the diagonal blocks
 // exp(c_i - c_j) is a product, with the sum of gates at the end of the block's columns between the two, so that no exponent is positive.
-template <Operand Type, int Blocks>
+template <Operand Type>
 __device__ __forceinline__ void make_p(const float (&A)[32], const float* c, const float* key, const float* column_scale,
-                                       const float (&row_scale)[2], uint32_t to, int lane) {
-  constexpr int warp = Blocks - 1;
+                                       const float (&row_scale)[2], uint32_t to, int warp, int lane) {
   const int row = warp * 16 + lane / 4, column = 2 * (lane % 4);
   const float c0 = c[row], c1 = c[row + 8];
+  float D[8];
 #pragma unroll
-  for (int J = 0; J < warp; ++J) {
+  for (int e = 0; e < 8; ++e) D[e] = A[e];
+#pragma unroll
+  for (int J = 0; J < 3; ++J) {
+    if (J >= warp) break;
     const float r = c[16 * J + 15], scale0 = row_scale[0] * device::exp2_fast(c0 - r), scale1 = row_scale[1] * device::exp2_fast(c1 - r);
     uint32_t packed[4];
 #pragma unroll
@@ -101,24 +104,24 @@ __device__ __forceinline__ void make_p(const float (&A)[32], const float* c, con
       packed[2 * v + 1] = device::pack<Type>(A[e + 2] * x.x * scale1, A[e + 3] * x.y * scale1);
     }
     device::store_matrices(to + staged_panel(J), packed[0], packed[1], packed[2], packed[3]);
-  }
-  {
-    constexpr int J = warp;
-    uint32_t packed[4];
 #pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const int j = 16 * J + 8 * v + column, e = 8 * J + 4 * v;
-      const float2 cj = device::load_shared_pair(c + j), nj = device::load_shared_pair(key + j);
-      const float left0 = row_scale[0] * nj.x, right0 = row_scale[0] * nj.y, left1 = row_scale[1] * nj.x, right1 = row_scale[1] * nj.y;
-      float p00 = A[e] * left0 * device::exp2_fast(c0 - cj.x), p01 = A[e + 1] * right0 * device::exp2_fast(c0 - cj.y);
-      float p10 = A[e + 2] * left1 * device::exp2_fast(c1 - cj.x), p11 = A[e + 3] * right1 * device::exp2_fast(c1 - cj.y);
-      // Selected, not multiplied: above the diagonal the exponential may be infinite.
-      p00 = j <= row ? p00 : 0.F, p01 = j + 1 <= row ? p01 : 0.F;
-      p10 = j <= row + 8 ? p10 : 0.F, p11 = j + 1 <= row + 8 ? p11 : 0.F;
-      packed[2 * v] = device::pack<Type>(p00, p01), packed[2 * v + 1] = device::pack<Type>(p10, p11);
-    }
-    device::store_matrices(to + staged_panel(J), packed[0], packed[1], packed[2], packed[3]);
+    for (int e = 0; e < 8; ++e) D[e] = A[8 * (J + 1) + e];
   }
+  const int panel = warp == 0 ? 0 : 1024 * (warp + 1);
+  uint32_t packed[4];
+#pragma unroll
+  for (int v = 0; v < 2; ++v) {
+    const int j = 16 * warp + 8 * v + column, e = 4 * v;
+    const float2 cj = device::load_shared_pair(c + j), nj = device::load_shared_pair(key + j);
+    const float left0 = row_scale[0] * nj.x, right0 = row_scale[0] * nj.y, left1 = row_scale[1] * nj.x, right1 = row_scale[1] * nj.y;
+    float p00 = D[e] * left0 * device::exp2_fast(c0 - cj.x), p01 = D[e + 1] * right0 * device::exp2_fast(c0 - cj.y);
+    float p10 = D[e + 2] * left1 * device::exp2_fast(c1 - cj.x), p11 = D[e + 3] * right1 * device::exp2_fast(c1 - cj.y);
+    // Selected, not multiplied: above the diagonal the exponential may be infinite.
+    p00 = j <= row ? p00 : 0.F, p01 = j + 1 <= row ? p01 : 0.F;
+    p10 = j <= row + 8 ? p10 : 0.F, p11 = j + 1 <= row + 8 ? p11 : 0.F;
+    packed[2 * v] = device::pack<Type>(p00, p01), packed[2 * v + 1] = device::pack<Type>(p10, p11);
+  }
+  device::store_matrices(to + panel, packed[0], packed[1], packed[2], packed[3]);
 }
 
 template <Operand Type>
@@ -152,15 +155,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       float A[32];
       const uint64_t q = device::describe_rows_128(s.q[at][0]), k = device::describe_rows_128(s.k[at][0]);
       device::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 8; ++step) {
-        const int bytes = (step / 4) * kChunk * 128 + (step % 4) * 32;
-        if (step == 0) {
-          device::wgmma_ss_n64<Type, true>(A, q, k);
-        } else {
-          device::wgmma_ss_n64<Type, false>(A, device::advance(q, bytes), device::advance(k, bytes));
-        }
-      }
+      device::wgmma_ss_rows<Type>(A, q, k);
       device::wgmma_commit();
       const int row = warp * 16 + lane / 4;
       device::barrier_wait(s.normed[at], stage.parity);
@@ -169,10 +164,7 @@ __device__ __forceinline__ void assist(const Arguments& a, Shared& s, int tid) {
       device::hold(A);
       const int stored_row = warp * 16 + (lane & 15);
       const uint32_t to = device::shared_address(s.p[at]) + stored_row * 32 + (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
-      if (warp == 0) make_p<Type, 1>(A, c, s.key[at], s.column[at], row_scale, to, lane);
-      if (warp == 1) make_p<Type, 2>(A, c, s.key[at], s.column[at], row_scale, to, lane);
-      if (warp == 2) make_p<Type, 3>(A, c, s.key[at], s.column[at], row_scale, to, lane);
-      if (warp == 3) make_p<Type, 4>(A, c, s.key[at], s.column[at], row_scale, to, lane);
+      make_p<Type>(A, c, s.key[at], s.column[at], row_scale, to, warp, lane);
       device::fence_shared_to_async();
       device::barrier_arrive(s.p_made[at]);
       stage.next();

@@ -12,7 +12,7 @@ namespace flashdelta::cuda::forward {
 
 struct Arguments {
   Sequences sequences;
-  int H, HV;
+  int HV, group;  // value heads, of all and of a key head
   bool l2norm;
   float scale;
   const unsigned char* records;

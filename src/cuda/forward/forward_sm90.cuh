@@ -61,7 +61,7 @@ __device__ __forceinline__ void multiply_tile(float (&U)[32], const uint32_t* st
     if (step == 0) {
       device::wgmma_rs_n64<Type, true>(U, state, tile);
     } else {
-      device::wgmma_rs_n64<Type, false>(U, state + 4 * step, device::advance(tile, (step / 4) * kChunk * 128 + (step % 4) * 32));
+      device::wgmma_rs_n64<Type, false>(U, state + 4 * step, device::advance(tile, device::rows_step(step)));
     }
   }
 }
@@ -406,7 +406,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     s.scanned = 0, s.announced = 0;
     device::barrier_init_fence();
+    if (rehearses(a)) rehearse(s, 0, true);
     device::prefetch_map(&map_q), device::prefetch_map(&map_k), device::prefetch_map(&map_v), device::prefetch_map(&map_o);
+    if (a.initial_staged) device::prefetch_map(&map_state);
   }
   // The rows on top of panels 1 and 3 stay zero for good.
   for (int i = threadIdx.x; i < kStages * 2 * 32; i += kThreads) {
@@ -414,6 +416,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int at = (hole == 0 ? staged_panel(1) : staged_panel(3) + 1024) + unit * 16;
     *reinterpret_cast<uint4*>(s.t[i / 64].panels + at) = make_uint4(0, 0, 0, 0);
     *reinterpret_cast<uint4*>(s.p[i / 64] + at) = make_uint4(0, 0, 0, 0);
+  }
+  // What a rehearsal takes for records: easy chunks.
+  for (int i = threadIdx.x; i < kStages * static_cast<int>(sizeof(RecordTail)) / 16; i += kThreads) {
+    constexpr int kUnits = sizeof(RecordTail) / 16;
+    reinterpret_cast<uint4*>(&s.t[i / kUnits].tail)[i % kUnits] = make_uint4(0, 0, 0, 0);
   }
   device::fence_shared_to_async();
   __syncthreads();

@@ -3,6 +3,7 @@
 
 #include "cuda/device/copy.cuh"
 #include "cuda/forward/shared.cuh"
+#include "cuda/segment/header.cuh"
 
 namespace flashdelta::cuda::forward {
 
@@ -14,57 +15,70 @@ __device__ __forceinline__ int tail_of(const Arguments& a, const Work& work) {
 
 // Hands out work: a plan's items ticket by ticket, then the (sequence, head) pairs that the plan leaves whole.
 struct Claims {
-  int tickets = 0, longest_whole = 1 << 30, more = -1, first;
-  bool halves;  // pairs go out as two items of 64 value columns each
+  PlanHeader plan;
+  int drawn;      // the first ticket; -1 once it is used
+  int more = -1;  // the item to go on with
 
-  __device__ __forceinline__ explicit Claims(const Arguments& a) {
-    // Without a plan no item waits for another, and the first ticket may be the block's own.
-    first = a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : -1;
-    halves = a.halves;
-    if (a.plan.header != nullptr) {
-      segment::wait_for_count(&a.plan.header->ready, 1);
-      tickets = a.plan.header->tickets, longest_whole = a.plan.header->longest_whole, halves = a.plan.header->halves != 0;
-    }
-  }
+  // The first ticket is drawn before it is known what it stands for. Without a plan no item waits for another, and it may be the block's
+  // own.
+  __device__ __forceinline__ explicit Claims(const Arguments& a)
+      : plan(PlanHeader::of(0, kAllWhole, a.halves)),
+        drawn(a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : atomicAdd(a.counter, 1)) {}
   // Where pairs are cut, L2 has states at boundaries to keep; else the value heads of a key head read its queries one soon after another.
-  __device__ __forceinline__ std::uint64_t query_policy() const { return tickets > 0 ? device::kEvictFirst : device::kEvictNormally; }
+  __device__ __forceinline__ std::uint64_t query_policy() const {
+    return plan.tickets() > 0 ? device::kEvictFirst : device::kEvictNormally;
+  }
   __device__ __forceinline__ int ticket(const Arguments& a) {
-    if (first >= 0) {
-      const int mine = first;
-      first = -1;
-      return mine;
-    }
-    return atomicAdd(a.counter, 1) + (a.plan.header == nullptr ? static_cast<int>(gridDim.x) : 0);
+    const int mine = drawn;
+    drawn = -1;
+    return mine >= 0 ? mine : atomicAdd(a.counter, 1) + (a.plan.header == nullptr ? static_cast<int>(gridDim.x) : 0);
   }
   __device__ __forceinline__ void next(const Arguments& a, Work& to) {
-    int index = more, pair = 0, consumers = kBothConsumers;
+    int index = more, sequence, head, consumers = kBothConsumers;
+    Sequences::Span span;
     more = -1;
-    if (index < 0) {
-      do {
+#pragma unroll 1
+    for (;;) {
+      if (index < 0) {
         const int mine = ticket(a);
-        if (mine < tickets) index = mine;
-        pair = mine - tickets;
-        if (halves) consumers = 1 << (pair & 1), pair >>= 1;
-      } while (index < 0 && pair < a.sequences.N * a.HV && a.sequences.span(pair / a.HV).chunks() > longest_whole);
-    }
-    if (index >= 0) {
-      to.item = a.plan.items[index];
-      more = to.item.more;
-    } else if (pair < a.sequences.N * a.HV) {
-      const int chunks = a.sequences.span(pair / a.HV).chunks();
-      to.item = {pair / a.HV, pair % a.HV, 0, 0, chunks, From::start, To::final_state, 0, 0, 0, -1, 0, consumers};
-    } else {
-      to.item.chunks = -1, to.item.scan_steps = 0, to.staged = Staged::no;
-      return;
+        if (mine < plan.tickets()) {
+          index = mine;
+        } else {
+          int pair = mine - plan.tickets();
+          if (plan.halves()) consumers = 1 << (pair & 1), pair >>= 1;
+          sequence = pair / a.HV, head = pair - sequence * a.HV;
+        }
+      }
+      if (index >= 0) {
+        to.item = a.plan.items[index];
+        sequence = to.item.sequence, more = to.item.more;
+      } else if (sequence >= a.sequences.N) {
+        to.item.chunks = -1, to.item.scan_steps = 0, to.staged = Staged::no;
+        return;
+      }
+      span = a.sequences.span(sequence);
+      if (index >= 0) break;
+      to.item = {sequence, head, 0, 0, span.chunks(), From::start, To::final_state, 0, 0, 0, -1, 0, consumers};
+      if (to.item.chunks <= plan.longest_whole()) break;  // else it is in the items
     }
     to.staged = to.item.scan_steps > 0                            ? Staged::no
                 : to.item.from == From::boundary                  ? Staged::boundary
                 : to.item.from == From::start && a.initial_staged ? Staged::initial
                                                                   : Staged::no;
-    const Sequences::Span span = a.sequences.span(to.item.sequence);
     to.row = span.row, to.token = span.begin, to.length = span.length, to.slot = span.slot;
   }
 };
+
+// An item of no sequence and one chunk, in front of all others. Its only use is that the consumers and those who make factors and P have
+// their instructions at hand when there is work: they come from far, and the first chunk would take three times as long as the next.
+// Nothing is loaded (the records' tails are zero, and whatever else lies there will do) and nothing is stored. By one thread.
+__device__ __forceinline__ bool rehearses(const Arguments& a) { return a.saved_states.data == nullptr; }  // it would store one
+__device__ __forceinline__ void rehearse(Shared& s, int number, bool full) {
+  Work& work = s.work[number];
+  work.item = {kNoSequence, 0, 0, full ? 0 : 1, 1, From::zero, To::nowhere, 0, 0, 0, -1, 0, kBothConsumers};
+  work.row = work.token = work.slot = 0, work.length = kChunk, work.staged = Staged::no;
+  device::barrier_arrive(s.item_full[number]), device::barrier_arrive(s.loaded[number]);
+}
 
 // A boundary's state may be read by copies from here on.
 __device__ __forceinline__ void wait_for_boundary(const Plan& plan, const Item& item) {
@@ -127,69 +141,39 @@ __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, 
 
 __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, const CUtensorMap* map_q, const CUtensorMap* map_k,
                                              const CUtensorMap* map_state) {
-  Place<kWorkRing> ring;
-  Place<kStages> stage;
   Claims claims(a);
   const int bytes = record_bytes(a.l2norm), record_step = a.HV * bytes;
-  const auto claim = [&] {
-    Work& to = s.work[ring.at];
-    device::barrier_wait(s.item_empty[ring.at], ring.parity ^ 1);
-    claims.next(a, to);
-    device::barrier_arrive(s.item_full[ring.at]);
-    ring.next();
-  };
-  // Chunks whose k and q may be loaded before `prepare` has ended: the first item's. 0: it has ended.
-  int early = kStages;
-  int ahead = -1;  // chunk at which the next item is claimed; -1: now
+  int at = rehearses(a) ? 1 : 0;  // items and stages so far
+  if (a.plan.header != nullptr) {
+    claims.plan = segment::look_at_header(a.plan.header);
+    if (!claims.plan.ready()) {
+      if (at > 0) rehearse(s, at++, false);
+      claims.plan = segment::wait_for_header(a.plan.header);
+    }
+  }
+  Place<kWorkRing> ring{at};
+  Place<kStages> stage{at};
+  // Everything once in the code: it comes from far, and each line of it is waited for the first time that it runs.
+  int sequence = 0, key_head = 0, row = 0, token = 0, warm = 0, tail = -1, c = 0, stop = 0, chunks = 0;
+  const unsigned char* record = nullptr;
+  bool claimed = false, waited = false;
 #pragma unroll 1
-  for (int at = 0;; at = (at + 1) % kWorkRing) {
-    if (ahead < 0) claim();
-    const Work& work = s.work[at];
-    const int chunks = work.item.chunks;
-    if (chunks < 0) break;
-    const int key_head = work.item.head / (a.HV / a.H), row = work.row, warm = work.item.warm, first = work.item.first;
-    const int tail = tail_of(a, work);
-    int token = work.token + first * kChunk;
-    const unsigned char* record = a.records + (static_cast<std::int64_t>(work.slot + first) * a.HV + work.item.head) * bytes;
-    // Late enough that free multiprocessors take what is left, early enough that the next item's state and tiles are there in time.
-    ahead = chunks == 0 ? -1 : max(0, chunks - kClaimAhead);
-    if (work.item.scan_steps > 0) load_transitions(a, s, work.item, stage);
-    if (work.staged != Staged::no) {
-      if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
+  for (;;) {
+#pragma unroll 1
+    for (; c < stop; ++c) {
+      const CUtensorMap *k = map_k, *q = map_q;
+      if (c == tail) {
+        device::wait_for_previous_launch();  // `prepare` makes them
+        k = bounded(a, sequence, kMapK), q = bounded(a, sequence, kMapQ);
+        device::acquire_map(k), device::acquire_map(q);
+      }
       Barrier& loaded = s.loaded[stage.at];
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      if (wants_pieces(a, work, 0)) {
-        device::barrier_arrive_expect(loaded, 2 * kPieceBytes);
-        load_piece(a, work, map_state, 0, s.k[stage.at], loaded);
-        load_piece(a, work, map_state, 1, s.q[stage.at], loaded);
-      } else {
-        device::barrier_arrive(loaded);
-      }
-      stage.next();
-      if (early == kStages) --early;
-    }
-    int tiles = 0;  // chunks whose k and q are on their way
-#pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
-      if (c == ahead) claim();
-#pragma unroll 1
-      for (const int end = max(c + 1, min(early, chunks)); tiles < end; ++tiles) {
-        const CUtensorMap *k = map_k, *q = map_q;
-        if (tiles == tail) {
-          device::wait_for_previous_launch();  // `prepare` makes them
-          k = bounded(a, work.item.sequence, kMapK), q = bounded(a, work.item.sequence, kMapQ);
-          device::acquire_map(k), device::acquire_map(q);
-        }
-        const int to = stage.at + tiles - c;  // stages ahead are on their first round
-        Barrier& loaded = s.loaded[to];
-        device::barrier_wait(s.released[to], stage.parity ^ 1);
-        device::barrier_arrive_expect(loaded, (tiles >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
-        device::load_box(s.k[to], k, loaded, 0, key_head, token, row);
-        if (tiles >= warm) device::load_box(s.q[to], q, loaded, 0, key_head, token, row, claims.query_policy());
-        token += kChunk;
-      }
-      if (early > 0) device::wait_for_previous_launch(), early = 0;
-      Barrier& loaded = s.loaded[stage.at];
+      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+      device::load_box(s.k[stage.at], k, loaded, 0, key_head, token, row);
+      if (c >= warm) device::load_box(s.q[stage.at], q, loaded, 0, key_head, token, row, claims.query_policy());
+      token += kChunk;
+      if (!waited) device::wait_for_previous_launch(), waited = true;  // for the records
       unsigned char* t = s.t[stage.at].panels;
       device::load_bytes(t, record, panel_offset(1), loaded);
       device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
@@ -197,7 +181,42 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       record += record_step;
       stage.next();
     }
-    early = min(early, 1);
+    if (!claimed) {
+      Work& to = s.work[ring.at];
+      device::barrier_wait(s.item_empty[ring.at], ring.parity ^ 1);
+      claims.next(a, to);
+      device::barrier_arrive(s.item_full[ring.at]);
+      ring.next();
+      claimed = true, stop = chunks;
+      continue;
+    }
+    const Work& work = s.work[at];
+    at = (at + 1) % kWorkRing;
+    chunks = work.item.chunks;
+    if (chunks < 0) break;
+    sequence = work.item.sequence, key_head = work.item.head / a.group, row = work.row, warm = work.item.warm;
+    tail = tail_of(a, work);
+    token = work.token + work.item.first * kChunk;
+    record = a.records + (static_cast<std::int64_t>(work.slot + work.item.first) * a.HV + work.item.head) * bytes;
+    if (work.item.scan_steps > 0) load_transitions(a, s, work.item, stage);
+    if (work.staged != Staged::no) {
+      if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
+      Barrier& loaded = s.loaded[stage.at];
+      device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
+      if (wants_pieces(a, work, 0)) {
+        device::barrier_arrive_expect(loaded, 2 * kPieceBytes);
+#pragma unroll 1
+        for (int piece = 0; piece < 2; ++piece) {
+          load_piece(a, work, map_state, piece, piece == 0 ? s.k[stage.at] : s.q[stage.at], loaded);
+        }
+      } else {
+        device::barrier_arrive(loaded);
+      }
+      stage.next();
+    }
+    // The next item is claimed late enough that free multiprocessors take what is left, early enough that its state and tiles are there in
+    // time.
+    c = 0, stop = chunks > kClaimAhead ? chunks - kClaimAhead : min(chunks, 1), claimed = false;
   }
   device::wait_for_previous_launch();  // a launch must not end before those that it follows
 }
@@ -237,6 +256,11 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
     if (chunks < 0) break;
     if (work.item.scan_steps > 0) announce_steps(a, s, work.item);
     if (!work.values()) continue;
+    if (work.item.sequence == kNoSequence) {
+#pragma unroll 1
+      for (int c = 0; c < chunks; ++c, stage.next()) device::barrier_arrive(s.v_loaded[stage.at]);
+      continue;
+    }
     if (work.staged == Staged::boundary) wait_for_boundary(a.plan, work.item);
 #pragma unroll 1
     for (int piece = 2; piece < 4 && work.staged != Staged::no; ++piece) {

@@ -130,9 +130,9 @@ __device__ __forceinline__ void begin_item(const Arguments& a, const Item& item,
   load_state(S, from, item.sequence * from.sequence + item.head * from.head, first_row, lane);
 }
 
-// Where the final state will overwrite the initial one: that has been read.
+// Where the final state will overwrite the initial one: that has been read. An item that writes it itself has no one to tell.
 __device__ __forceinline__ void tell_initial_read(const Arguments& a, const Item& item, int w, bool leader) {
-  if (a.plan.initial_read == nullptr || item.from != From::start) return;
+  if (a.plan.initial_read == nullptr || item.from != From::start || item.to == To::final_state) return;
   device::named_sync(kConsumerBarrier + w, 128);
   if (leader) segment::add_to_count(&a.plan.initial_read[item.sequence * a.HV + item.head]);
 }

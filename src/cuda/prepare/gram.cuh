@@ -16,7 +16,7 @@ namespace flashdelta::cuda::prepare {
 // to the others.
 struct Product {
   int row, column;  // which of the warp's
-  bool diagonal, may_turn;
+  bool may_turn;
 };
 template <int W>
 struct Share;
@@ -24,36 +24,36 @@ template <>
 struct Share<1> {
   static constexpr int kRows = 4, kColumns = 4, kProducts = 10;
   __host__ __device__ static constexpr Product product(int p) {
-    constexpr Product all[] = {{0, 0, true, false},  {1, 1, true, false},  {2, 2, true, false},  {3, 3, true, false},
-                               {0, 1, false, false}, {0, 2, false, false}, {0, 3, false, false}, {1, 2, false, false},
-                               {1, 3, false, false}, {2, 3, false, false}};
+    constexpr Product all[] = {{0, 0, false}, {1, 1, false}, {2, 2, false}, {3, 3, false}, {0, 1, false},
+                               {0, 2, false}, {0, 3, false}, {1, 2, false}, {1, 3, false}, {2, 3, false}};
     return all[p];
   }
   int row[kRows] = {0, 1, 2, 3}, column[kColumns] = {0, 1, 2, 3};
-  __device__ __forceinline__ explicit Share(int) {}
+  int warp;
+  __device__ __forceinline__ explicit Share(int w) : warp(w) {}
 };
 template <>
 struct Share<2> {
   static constexpr int kRows = 2, kColumns = 4, kProducts = 5;
   __host__ __device__ static constexpr Product product(int p) {
-    constexpr Product all[] = {{0, 0, true, false}, {1, 2, true, false}, {0, 1, false, false}, {0, 2, false, false}, {1, 3, false, true}};
+    constexpr Product all[] = {{0, 0, false}, {1, 2, false}, {0, 1, false}, {0, 2, false}, {1, 3, true}};
     return all[p];
   }
-  int row[kRows], column[kColumns];
-  __device__ __forceinline__ explicit Share(int w) : row{w, w + 2}, column{w, w + 1, w + 2, (w + 3) & 3} {}
+  int row[kRows], column[kColumns], warp;
+  __device__ __forceinline__ explicit Share(int w) : row{w, w + 2}, column{w, w + 1, w + 2, (w + 3) & 3}, warp(w) {}
 };
 // The last diagonal block falls to all three, which is cheaper than to one.
 template <>
 struct Share<3> {
   static constexpr int kRows = 2, kColumns = 3, kProducts = 4;
   __host__ __device__ static constexpr Product product(int p) {
-    constexpr Product all[] = {{0, 0, true, false}, {1, 2, true, false}, {0, 1, false, true}, {0, 2, false, false}};
+    constexpr Product all[] = {{0, 0, false}, {1, 2, false}, {0, 1, true}, {0, 2, false}};
     return all[p];
   }
-  int row[kRows], column[kColumns];
-  __device__ __forceinline__ explicit Share(int w) : row{w, 3}, column{w, w == 2 ? 0 : w + 1, 3} {}
+  int row[kRows], column[kColumns], warp;
+  __device__ __forceinline__ explicit Share(int w) : row{w, 3}, column{w, w == 2 ? 0 : w + 1, 3}, warp(w) {}
 };
-// Four warps are a warpgroup, whose products are all blocks: warp w has block row w. It leaves two of them or one to the others.
+// Four warps are a warpgroup, whose products are all blocks: warp w has block row w.
 template <>
 struct Share<4> {
   static constexpr int kProducts = 4;
@@ -64,16 +64,17 @@ struct Share<4> {
 // Calls f(sums of columns 0-7, of columns 8-15, block row, block column, whether it may have to be turned) for each block that the warp
 // leaves to all.
 template <int W, class F>
-__device__ __forceinline__ void for_blocks(const Share<W>& share, int warp, float* sum, const F& f) {
+__device__ __forceinline__ void for_blocks(const Share<W>& share, float* sum, const F& f) {
 #pragma unroll
   for (int p = 0; p < Share<W>::kProducts; ++p) {
     float *x = sum + 8 * p, *y = x + 4;
     if constexpr (W == 4) {
-      // Above the diagonal, but for the one that is turned: (0, 3), by warp 3.
-      if (p == 0 ? warp % 3 == 0 : p == 3 ? warp != 0 : p >= warp) f(x, y, warp, p, p == 0);
+      // On and above the diagonal, but for (0, 3): that falls to warp 3, which has less, and is turned.
+      const int row = share.warp;
+      if (row == 3 ? p == 3 || p == 0 : p >= row && p - row < 3) f(x, y, row, p, p == 0);
     } else {
       const Product t = Share<W>::product(p);
-      if (W == 3 && p == 1 && warp != 0) continue;
+      if (W == 3 && p == 1 && share.warp != 0) continue;
       f(x, y, share.row[t.row], share.column[t.column], t.may_turn);
     }
   }
@@ -133,12 +134,7 @@ template <Operand Type>
 __device__ __forceinline__ void gram_of_group(float (&sum)[32], const unsigned char* tile) {
   const uint64_t k = device::describe_rows_128(tile);
   device::wgmma_fence();
-  device::wgmma_ss_n64<Type, true>(sum, k, k);
-#pragma unroll
-  for (int step = 1; step < 8; ++step) {
-    const uint64_t at = device::advance(k, (step / 4) * kChunk * 128 + (step % 4) * 32);
-    device::wgmma_ss_n64<Type, false>(sum, at, at);
-  }
+  device::wgmma_ss_rows<Type>(sum, k, k);
   device::wgmma_commit();
   device::wgmma_wait<0>();
   device::hold(sum);
@@ -160,9 +156,9 @@ __device__ __forceinline__ float scale_of(KeyScale scale, float norm) {
 
 // Scales a warp's share by the keys' factors.
 template <int W, class S>
-__device__ __forceinline__ void scale_products(S& s, float* sum, const Share<W>& share, int warp, int lane) {
+__device__ __forceinline__ void scale_products(S& s, float* sum, const Share<W>& share, int lane) {
   const int r = lane >> 2, q = lane & 3;
-  for_blocks(share, warp, sum, [&](float* x, float* y, int row, int column, bool) {
+  for_blocks(share, sum, [&](float* x, float* y, int row, int column, bool) {
     const float row0 = s.key_scale[16 * row + r], row1 = s.key_scale[16 * row + 8 + r];
     const float2 by0 = *reinterpret_cast<const float2*>(&s.key_scale[16 * column + 2 * q]);
     const float2 by1 = *reinterpret_cast<const float2*>(&s.key_scale[16 * column + 8 + 2 * q]);
@@ -174,16 +170,16 @@ __device__ __forceinline__ void scale_products(S& s, float* sum, const Share<W>&
 // Leaves a warp's share to all (one warp: to itself): diagonal blocks as they are, the others as B fragments of the blocks below the
 // diagonal: a matrix for each row half (n tile) and column half (k half) of the block above it.
 template <int W, bool Split, class S>
-__device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum, const Share<W>& share, int warp, int lane) {
+__device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum, const Share<W>& share, int lane) {
   using device::pack_f16;
   using device::pack_rest_f16;
   auto& to = s.derived;
-  for_blocks(share, warp, sum, [&](const float* x, const float* y, int row, int column, bool may_turn) {
+  for_blocks(share, sum, [&](const float* x, const float* y, int row, int column, bool may_turn) {
     if (row == column) {
       const float2 parts[3] = {make_float2(x[0], x[1]), make_float2(y[0], y[1]), make_float2(y[2], y[3])};
 #pragma unroll
       for (int e = 0; e < 3; ++e) {
-        if constexpr (kKeeps<W, Split>) {
+        if constexpr (Kept<W, Split>::kUsed) {
           kept.diagonal[row][e] = parts[e];
         } else {
           to.diagonal[row][e][lane] = parts[e];
@@ -194,7 +190,7 @@ __device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum,
     const bool turn = may_turn && row > column;
     const int pair = turn ? pair_of(column, row) : pair_of(row, column);
     const uint32_t x0 = pack_f16(x[0], x[1]), x1 = pack_f16(x[2], x[3]), y0 = pack_f16(y[0], y[1]), y1 = pack_f16(y[2], y[3]);
-    if constexpr (kKeeps<W, Split>) {
+    if constexpr (Kept<W, Split>::kUsed) {
       kept.above[pair][0] = x0, kept.above[pair][1] = y0, kept.above[pair][2] = x1, kept.above[pair][3] = y1;
     } else {
       const auto leave = [&](uint32_t (&block)[2][2][32], uint32_t a0, uint32_t b0, uint32_t a1, uint32_t b1) {
@@ -232,7 +228,7 @@ __device__ __forceinline__ KeyScale key_products(S& s, Kept<W, Split>& kept, boo
   block_sync<W>();
   between();
   bool any_long = false;  // NaN is not: it takes the plain way and stays what it is
-  for_blocks(share, warp, sum, [&](const float* x, const float* y, int row, int column, bool) {
+  for_blocks(share, sum, [&](const float* x, const float* y, int row, int column, bool) {
     if (row != column || q != r >> 1) return;
     const float norm[2] = {r & 1 ? x[1] : x[0], r & 1 ? y[3] : y[2]};
 #pragma unroll
@@ -244,15 +240,15 @@ __device__ __forceinline__ KeyScale key_products(S& s, Kept<W, Split>& kept, boo
     }
   });
   // Most keys go as they are; should they not, what is left here is left again.
-  if (!l2norm) exchange<W, Split>(s, kept, sum, share, warp, lane);
+  if (!l2norm) exchange<W, Split>(s, kept, sum, share, lane);
   any_long = block_any<W>(any_long);
   if (!l2norm && !any_long) return KeyScale::none;
   if (!l2norm) {
     for (int i = warp * 32 + lane; i < kChunk; i += 32 * W) s.key_scale[i] = scale_of(KeyScale::power_of_two, s.norm[i]);
     block_sync<W>();
   }
-  scale_products<W>(s, sum, share, warp, lane);
-  exchange<W, Split>(s, kept, sum, share, warp, lane);
+  scale_products<W>(s, sum, share, lane);
+  exchange<W, Split>(s, kept, sum, share, lane);
   block_sync<W>();
   return l2norm ? KeyScale::l2norm : KeyScale::power_of_two;
 }

@@ -5,8 +5,6 @@
 // I - beta k k^T, so for beta |k|^2 <= 2 nothing exceeds 2 and fp16 operands (11 bits, against 8 in bf16) have the range.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/device/fragment.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/prepare/config.h"
@@ -33,7 +31,6 @@ __device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factor
   using device::pack_f16;
   using device::pack_rest_f16;
   using device::transpose_matrix;
-  constexpr bool kKept = std::is_same_v<K, Kept<1, false>>;
   const int r = lane >> 2, q = lane & 3;
   // Which entries of an 8 x 8 block (row r, columns 2 q and 2 q + 1) belong to the widths 2, 4, 8 of the recursion, t: of its
   // transpose. Packed halves share a mask except at width 2.
@@ -53,7 +50,7 @@ __device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factor
     float2 d[3];
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
-      if constexpr (kKept) {
+      if constexpr (K::kUsed) {
         d[e] = kept.diagonal[i][e];
       } else {
         d[e] = s.diagonal[i][e][lane];
@@ -133,7 +130,7 @@ __device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factor
     for (int v = 0; v < 2; ++v) row_factor[m - 1][v] = *reinterpret_cast<const uint32_t*>(&f.row[16 * m + 8 * v + 2 * q]);
   }
   uint32_t above = 0;
-  if constexpr (!kKept) above = device::shared_address(s.above) + lane * 16;
+  if constexpr (!K::kUsed) above = device::shared_address(s.above) + lane * 16;
   // Blocks below the diagonal, column by column from the right: T_IJ = (sum over M of T_IM (-L_MJ)) T_JJ, L without its column factor,
   // which Tb has.
 #pragma unroll
@@ -143,7 +140,7 @@ __device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factor
     for (int m = j + 1; m < 4; ++m) {
       const float between = m - j < 2 ? 1.F : j == 1 ? decay.d31 : m == 2 ? decay.d20 : decay.d30;
       uint32_t high[4], low[4];
-      if constexpr (kKept) {
+      if constexpr (K::kUsed) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) high[e] = kept.above[pair_of(j, m)][e];
       } else {

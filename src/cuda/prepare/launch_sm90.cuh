@@ -14,9 +14,9 @@ cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, in
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); error != cudaSuccess) {
     return error;
   }
-  const int items = arguments.slots * arguments.H;
-  // One less than fit: the plan of segments takes the last place, and waits there.
-  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W, Split) - 1));
+  // One less than fit: the plan of segments takes the last place, and waits there. And where there is to be one, a CTA tells of it.
+  const int items = arguments.slots * arguments.H, telling = arguments.plan != nullptr ? 1 : 0;
+  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W, Split) - 1 - telling)) + telling;
   kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
   return cudaGetLastError();
 }

@@ -34,17 +34,41 @@ __device__ __forceinline__ int sequence_of(const Sequences& s, int slot, int lan
   return s.N > 0 && s.slot(first) <= slot ? first : -1;
 }
 
-// Finds the places of items p to p + kBatch - 1 of this CTA at most, in the order of its items (item, item + gridDim.x, ..), past chunk
+// Finds the places of items p to p + kBatch - 1 of this CTA at most, in the order of its items (item, item + workers, ..), past chunk
 // numbers that no sequence uses. Behind them stands that there are no more, or where to go on. One warp.
 static __device__ __noinline__ void find_places(const Arguments& a, Place* place, int p, int item, int lane) {
-  const unsigned items = static_cast<unsigned>(a.slots) * a.H, step = gridDim.x;
+  const unsigned step = workers(a);
+  // Chunks of few packed sequences are counted one behind another, so that no CTA has numbers which no sequence uses.
+  const bool counted = a.sequences.cu_seqlens != nullptr && a.sequences.N <= 32;
+  Sequences::Span own{};
+  int until = 0;  // chunks of the sequences up to number `lane`
+  if (counted) {
+    if (lane < a.sequences.N) own = a.sequences.span(lane);
+    until = own.chunks();
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+      const int before = __shfl_up_sync(~0U, until, o);
+      if (lane >= o) until += before;
+    }
+  }
+  const unsigned items = static_cast<unsigned>(counted ? __shfl_sync(~0U, until, 31) : a.slots) * a.H;
   unsigned next = item;
   for (bool found = false; !found && next < items; next += kBatch * step) {
     const unsigned mine = min(next + (lane % kBatch) * step, items);
     const int slot = static_cast<int>(mine / a.H), h = static_cast<int>(mine % a.H);
     Place at{};
     at.slot = slot, at.h = h;
-    if (a.sequences.cu_seqlens == nullptr) {
+    if (counted) {
+      int n = 0;
+#pragma unroll
+      for (int o = 16; o > 0; o >>= 1) {
+        if (__shfl_sync(~0U, until, n + o - 1) <= slot) n += o;
+      }
+      const int chunk = slot - __shfl_sync(~0U, until - own.chunks(), n);
+      at.token = __shfl_sync(~0U, own.begin, n) + chunk * kChunk;
+      at.rows = max(0, min(kChunk, __shfl_sync(~0U, own.length, n) - chunk * kChunk));
+      at.slot = __shfl_sync(~0U, own.slot, n) + chunk;
+    } else if (a.sequences.cu_seqlens == nullptr) {
       const int chunks = (a.sequences.T + kChunk - 1) / kChunk;
       at.row = slot / chunks, at.token = slot % chunks * kChunk;
       at.rows = min(kChunk, a.sequences.T - at.token);
@@ -89,7 +113,7 @@ static __device__ __noinline__ void tell_of_plan(const Arguments& a, int lane) {
   if (a.may_leave_uncut && a.sequences.N <= kMostTold) {
     segment::hand_out_uncut(a.plan, a.sequences, a.H * a.group, a.multiprocessors, lane);
   } else if (lane == 0) {
-    a.plan->ready = 0;
+    *a.plan = PlanHeader::not_ready();
   }
   __threadfence();
 }
@@ -104,6 +128,11 @@ __global__ void __maxnreg__(most_registers(W, Split))
   // The declared array's own address: rounded up as an integer it would become generic loads. The launch checks nothing else is static.
   Shared<W, Split>& s = *reinterpret_cast<Shared<W, Split>*>(raw);
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
+  if (static_cast<int>(blockIdx.x) == workers(a)) {
+    if (warp == 0) tell_of_plan(a, lane);
+    if (tid == 0) *a.counter = 0, __threadfence();
+    return;
+  }
   auto& derived = s.derived;
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);
@@ -115,23 +144,24 @@ __global__ void __maxnreg__(most_registers(W, Split))
     device::prefetch_map(&map_k);
     device::barrier_init(s.full, 1);
     device::barrier_init_fence();
-    if (blockIdx.x == 0) *a.counter = 0, __threadfence();
+    if (a.plan == nullptr && blockIdx.x == 0) *a.counter = 0, __threadfence();
   }
-  // The CTA with the fewest items.
-  if (a.plan != nullptr && blockIdx.x == gridDim.x - 1 && warp == W - 1) tell_of_plan(a, lane);
   if (warp == 0) find_places(a, s.place, 0, blockIdx.x, lane);
-  if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   __syncthreads();
-  if (a.bounded_maps != nullptr) bound_maps(a, map_q, map_k, map_v, map_o, blockIdx.x * W + warp, gridDim.x * W, s.scratch(warp), lane);
-  zero_rows_of_no_sequence(a);
+  constexpr bool kEarly = W <= 2;  // an item ahead, where there are registers
+  Given<W> given;
+  given.load(a, s.place[0], 0, tid);  // in front of the keys, behind which they would queue
+  if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
+  const int number = blockIdx.x * W + warp;
+  if (a.bounded_maps != nullptr && number < a.sequences.N) {
+    bound_maps(a, map_q, map_k, map_v, map_o, number, workers(a) * W, s.scratch(warp), lane);
+  }
+  if (a.sequences.covered() < a.sequences.T) zero_rows_of_no_sequence(a);  // a call waits for the gates
   if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
   // Not sooner: what runs then takes instructions and memory from the first items.
   device::allow_dependent_launch();
 
-  if (a.bounds != nullptr) clear_bounds_of_no_chunk(a);
-  constexpr bool kEarly = W <= 2;  // an item ahead, where there are registers
-  Given<W> given;
-  given.load(a, s.place[0], 0, tid);
+  if (a.bounds != nullptr && blockIdx.x <= a.sequences.N) clear_bounds_of_no_chunk(a);
   // n: the item's number, modulo kPlaces, which is even. In shared memory: spilled, it would be read behind gates that are on their way.
   int* const turn = &s.turn[warp];
   if (lane == 0) *turn = 0;

@@ -48,12 +48,11 @@ __device__ __noinline__ void save(const Arguments& a, const Place& at, int head,
 
 // Rows of o before the first sequence and after the last.
 static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a) {
-  if (a.sequences.cu_seqlens == nullptr) return;
-  const int low = a.sequences.offset(0), high = max(low, a.sequences.offset(a.sequences.N));
-  const int heads = a.H * a.group, outside = a.sequences.T - (high - low);
+  const int low = a.sequences.offset(0), high = low + a.sequences.covered();
+  const int heads = a.H * a.group, outside = a.sequences.T - a.sequences.covered();
   constexpr int kUnits = kHead * 2 / 16;
   for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       e < static_cast<std::int64_t>(outside) * heads * kUnits; e += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+       e < static_cast<std::int64_t>(outside) * heads * kUnits; e += static_cast<std::int64_t>(workers(a)) * blockDim.x) {
     const int unit = e % kUnits, head = e / kUnits % heads, i = static_cast<int>(e / kUnits / heads);
     const int token = i < low ? i : high + (i - low);
     *reinterpret_cast<uint4*>(a.o + token * a.o_token + head * a.o_head + unit * 16) = make_uint4(0, 0, 0, 0);
@@ -63,7 +62,7 @@ static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a)
 // Bytes that no chunk of this call has, between those that chunks have: the plan reads words of them, though it lets none count.
 static __device__ __noinline__ void clear_bounds_of_no_chunk(const Arguments& a) {
   const int row = static_cast<int>(forgotten_row(a.slots));
-  for (int n = static_cast<int>(blockIdx.x) - 1; n < a.sequences.N; n += gridDim.x) {
+  for (int n = static_cast<int>(blockIdx.x) - 1; n < a.sequences.N; n += workers(a)) {
     const int from = n < 0 ? 0 : a.sequences.span(n).slot + a.sequences.span(n).chunks();
     const int until = n + 1 < a.sequences.N ? a.sequences.slot(n + 1) : row;
     for (int e = threadIdx.x; e < (until - from) * a.H * a.group; e += blockDim.x) {
@@ -78,8 +77,8 @@ static __device__ __noinline__ void clear_bounds_of_no_chunk(const Arguments& a)
 static __device__ __noinline__ void zero_saved_of_no_sequence(const Arguments& a) {
   const int tid = threadIdx.x, threads = blockDim.x, heads = a.H * a.group;
   if (a.sequences.cu_seqlens != nullptr && (a.saved_c.data != nullptr || a.saved_T.data != nullptr)) {
-    const int low = a.sequences.offset(0), high = max(low, a.sequences.offset(a.sequences.N));
-    for (int i = blockIdx.x; i < a.sequences.T - (high - low); i += gridDim.x) {
+    const int low = a.sequences.offset(0), high = low + a.sequences.covered();
+    for (int i = blockIdx.x; i < a.sequences.T - (high - low); i += workers(a)) {
       const int token = i < low ? i : high + (i - low);
       for (int e = tid; e < heads * kChunk; e += threads) {
         const int head = e / kChunk, j = e % kChunk;
@@ -101,7 +100,7 @@ static __device__ __noinline__ void zero_saved_of_no_sequence(const Arguments& a
     return (static_cast<std::int64_t>(span.row) * a.sequences.T + span.begin) / tokens + n;
   };
   // Between the end of sequence n (-1: before the first) and the next one's first slot.
-  for (int n = static_cast<int>(blockIdx.x) - 1; n < a.sequences.N; n += gridDim.x) {
+  for (int n = static_cast<int>(blockIdx.x) - 1; n < a.sequences.N; n += workers(a)) {
     const std::int64_t from = n < 0 ? 0 : first_slot(n) + (a.sequences.span(n).length + tokens - 1) / tokens;
     const std::int64_t until = min(first_slot(n + 1), static_cast<std::int64_t>(a.saved_slots));
     for (std::int64_t e = from * heads * kHead * kHead + tid; e < until * heads * kHead * kHead; e += threads) {

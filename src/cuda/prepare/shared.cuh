@@ -20,6 +20,9 @@ struct Factors {
   __half column[kChunk];  // exp(c at the end of this block - c)
 };
 
+// CTAs that take items. Where there is to be a plan, another one behind them tells whether the loop has to wait for it.
+__device__ __forceinline__ int workers(const Arguments& a) { return static_cast<int>(gridDim.x) - (a.plan != nullptr ? 1 : 0); }
+
 // Where a work item, a chunk of a key head, lies.
 struct Place {
   std::int64_t g, beta;  // element of the gates, of beta, at its first token and value head
@@ -50,15 +53,15 @@ struct Exchanged<1, false> {};
 
 // And what a warp that makes all of it keeps in registers instead.
 template <int Warps, bool Split>
-struct Kept {};
+struct Kept {
+  static constexpr bool kUsed = false;
+};
 template <>
 struct Kept<1, false> {
+  static constexpr bool kUsed = true;
   float2 diagonal[4][3];
   uint32_t above[6][4];
 };
-template <int Warps, bool Split>
-constexpr bool kKeeps = Warps == 1 && !Split;
-
 // What is there only after the products of keys.
 template <int Warps, bool Split>
 struct Derived : Exchanged<Warps, Split> {

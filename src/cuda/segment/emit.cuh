@@ -12,7 +12,7 @@ struct alignas(16) Pair {
 
 // Tickets: firsts, parts, pieces of the line for multiprocessors without a part, scans, the other pieces and dependents in either order.
 struct Tickets {
-  int firsts, parts, early_pieces, scans, late_pieces, dependents;
+  int firsts, parts, early_pieces, scans, late_pieces, dependents;  // dependents: or their halves
   // Behind short scans dependents are soon ready, and longer than pieces; behind long ones they would wait while pieces could be done.
   bool late_last;
   __device__ int part() const { return firsts; }
@@ -57,9 +57,10 @@ __device__ __forceinline__ void put(Item* items, int index, const Item& x) {
   to[2] = make_int4(x.scan_steps, x.more, x.from_scan, x.consumers);
 }
 
-// Items of one segment, at its numbers within each kind. One loop, so that there is one place that writes items.
+// Items of one segment, at its numbers within each kind. halves: dependents are two items, a half of their value columns each. One loop, so
+// that there is one place that writes items.
 template <class WarmOf>
-__device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, WarmOf warm_of) {
+__device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, bool halves, WarmOf warm_of) {
   Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, To::nowhere, x.boundary,
             x.boundary + 1,  0,           -1,      0, kBothConsumers};
   if (x.last()) item.to = To::final_state;
@@ -67,7 +68,12 @@ __device__ __forceinline__ void emit(Item* items, const Segment& x, const Ticket
   if (x.dependent) {
     // Its end is the scan's to write, unless no one waits for it.
     item.from_scan = x.after_dependent ? 1 : 0;
-    index = t.dependent() + at.dependents;
+    index = t.dependent() + (halves ? 2 : 1) * at.dependents;
+    if (halves) {
+      item.consumers = 1;
+      put(items, index++, item);
+      item.consumers = 2;
+    }
     if (x.next_dependent) count = x.after_dependent ? 3 : 3 + kScanBlocks;
   } else {
     item.from = x.first() ? From::start : From::zero;
@@ -80,7 +86,7 @@ __device__ __forceinline__ void emit(Item* items, const Segment& x, const Ticket
     put(items, index++, item);
     if (i == count) return;
     if (i == 1) {
-      item.warm = item.chunks, item.from_scan = 0;
+      item.warm = item.chunks, item.from_scan = 0, item.consumers = kBothConsumers;
       item.from = From::identity, item.to = To::transition;
       index = t.part() + at.parts;
     } else if (i == 2) {

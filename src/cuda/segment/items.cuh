@@ -37,12 +37,25 @@ constexpr int kScanBlocks = kHead / kScanColumns;
 // Arrivals that complete a boundary: both consumers of the one item that ends there, or of the transition and the local state.
 constexpr int kArrivalsWhole = 2, kArrivalsParts = 4;
 
-// A plan in the workspace. Tickets below `tickets` are items; those from there on are (sequence, head) pairs in order, of which the ones
-// of more than `longest_whole` chunks are in the items already. `ready` is 1 when the rest is there: the loop begins then, not when the
-// plan's launch has ended. `prepare` sets it one way or the other before anything is launched behind it.
+// A plan's header in the workspace, one word, so that who sees that the plan is ready has all of it. Tickets below `tickets` are items;
+// those from there on are (sequence, head) pairs in order, of which the ones of more than `longest_whole` chunks are in the items already.
+// The loop begins when it is ready, not when the plan's launch has ended. `prepare` sets it one way or the other before anything is
+// launched behind it.
 struct PlanHeader {
-  std::int32_t tickets, longest_whole, halves, ready;
+  std::uint64_t word;
+
+  __host__ __device__ static constexpr PlanHeader not_ready() { return {0}; }
+  // halves: pairs that are no items go out as two halves of their value columns.
+  __host__ __device__ static constexpr PlanHeader of(int tickets, int longest_whole, bool halves) {
+    return {std::uint64_t{1} | static_cast<std::uint64_t>(halves) << 1 | static_cast<std::uint64_t>(tickets) << 2 |
+            static_cast<std::uint64_t>(longest_whole) << 32};
+  }
+  __host__ __device__ constexpr bool ready() const { return (word & 1) != 0; }
+  __host__ __device__ constexpr bool halves() const { return (word & 2) != 0; }
+  __host__ __device__ constexpr int tickets() const { return static_cast<int>(static_cast<std::uint32_t>(word) >> 2); }
+  __host__ __device__ constexpr int longest_whole() const { return static_cast<int>(word >> 32); }
 };
+constexpr int kAllWhole = 0x7FFFFFFF;  // longest_whole of a call that is cut nowhere
 
 struct Plan {
   PlanHeader* header;  // null: no plan, all tickets are pairs

@@ -26,7 +26,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
       rounded_up(static_cast<float>(outline.longest), static_cast<float>(segments), device::reciprocal(static_cast<float>(segments)));
   unsigned counts = 0;  // boundaries, and in the upper half those that a scan makes
   int chains = 0, steps = 0;
-  float parts = 0.F, dependents = 0.F, dependent = 0.F, part = 0.F;  // chunks of all; the longest of each
+  float parts = 0.F, dependents = 0.F, dependent = 0.F, part = 0.F;  // chunks of all; of the longest dependent; the longest part
 #pragma unroll 1
   for (int r = lane; r < outline.runs; r += kModelLanes) {
     const int pairs = exact_in_run[r];
@@ -37,7 +37,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     if (middle > 0) chains += pairs;
     steps = max(steps, middle);
     parts += pairs * (first + 2 * kStateOnly * middle * length), dependents += pairs * (n - 1) * length;
-    if (n > 1) dependent = fmaxf(dependent, length + kItem);
+    if (n > 1) dependent = fmaxf(dependent, length);
     part = fmaxf(part, first + kItem);
   }
 #pragma unroll 1
@@ -48,21 +48,28 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     dependent = fmaxf(dependent, __shfl_xor_sync(~0U, dependent, o)), part = fmaxf(part, __shfl_xor_sync(~0U, part, o));
   }
   const int middles = static_cast<int>(counts >> 16);
-  m.items[kParts] = exact + 2 * middles, m.items[kScans] = kScanBlocks * chains, m.items[kDependents] = static_cast<int>(counts & 0xFFFF);
+  m.boundaries = static_cast<int>(counts & 0xFFFF);
+  m.items[kParts] = exact + 2 * middles, m.items[kScans] = kScanBlocks * chains;
   m.costs[kParts] = parts + kItem * exact + 2 * kPart * middles;
   m.costs[kScans] = kScanBlocks * (kScanStep * middles + kScanItem * chains);
-  m.costs[kDependents] = dependents + kItem * m.items[kDependents];
-  const float load = (m.costs[kParts] + m.costs[kScans] + m.costs[kDependents] + others) * reciprocal;
   const auto waves = [&](int items) { return rounded_up(static_cast<float>(items), P, reciprocal); };
   // Multiprocessors that are free when the parts are done: pieces of the line, and whole pairs, take longer.
   const float free = others > 0.F ? fminf(P, static_cast<float>(m.items[kParts])) : P;
-  float chain = waves(m.items[kDependents]) * dependent;
+  float chain = 0.F;
   if (steps > 0) {
     const float rounds = rounded_up(static_cast<float>(m.items[kScans]), free, device::reciprocal(free));
     chain += 1.F + rounds * (kScanItem + kScanStep * steps);
   }
   if (exact > 0) chain += fmaxf(part, waves(m.items[kParts]) * m.costs[kParts] * device::reciprocal(static_cast<float>(m.items[kParts])));
-  m.time = m.items[kDependents] <= a.most_boundaries ? fmaxf(load, chain) : 1e30F;
+  // What waits for a scan ends a call. As halves it ends sooner, and takes more of the machine.
+  m.time = 1e30F;
+#pragma unroll 1
+  for (int copies = 1; copies <= 2 && m.boundaries <= a.most_boundaries; ++copies) {
+    const float chunk = copies == 1 ? 1.F : kHalf, cost = copies * (chunk * dependents + kItem * m.boundaries);
+    const float load = (m.costs[kParts] + m.costs[kScans] + cost + others) * reciprocal;
+    const float time = fmaxf(load, chain + waves(copies * m.boundaries) * (chunk * dependent + kItem));
+    if (time < m.time) m.time = time, m.items[kDependents] = copies * m.boundaries, m.costs[kDependents] = cost, m.halves = copies == 2;
+  }
   return m;
 }
 

@@ -15,15 +15,16 @@ constexpr int kPasses = 2;  // a rehearsal, and the plan
 struct alignas(16) Model {
   float time;
   float wanted;    // chunks of a segment
-  int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait
+  int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait, or their halves
   float costs[3];  // of all of each
+  int boundaries;  // segments that wait
+  bool halves;     // they go out as two halves of their value columns
 };
 enum ModelItem { kParts, kScans, kDependents, kModelItems };
 
 struct Outline {
   int listed, runs, longest, longest_whole;  // listed: 0 where no plan could be worth it
   float whole, uncut;                        // chunks, and what beginning costs, of pairs that are not listed; time of a call without cuts
-  bool halves;                               // which then takes pairs as two halves
 };
 
 struct Shared {
@@ -142,7 +143,7 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
   const Lengths lengths = packed ? measure(a, s) : Lengths{row, row, static_cast<unsigned>(a.sequences.N) * row};
   const Uncut uncut_call = uncut(lengths, a.sequences.N, a.HV, a.multiprocessors);
   x.longest = lengths.longest, x.longest_whole = uncut_call.longest_whole, x.uncut = uncut_call.time;
-  x.halves = halves = uncut_call.halves;
+  halves = uncut_call.halves;
   if (!uncut_call.worth_cutting) return 0;
 
   x.whole = uncut_call.total + kItem * static_cast<float>(a.sequences.N) * a.HV;

@@ -180,16 +180,17 @@ __device__ __forceinline__ float room_of_piece(const Arguments& a, const Model& 
 
 // What is left to write when the plan is made.
 struct Outcome {
-  int tickets = 0, longest_whole = 1 << 30, warm = 0, exact = 0, warm_chunks = 0;  // boundaries by kind
-  bool halves;                                                                     // pairs that the plan leaves whole are two items
+  int tickets = 0, longest_whole = kAllWhole, warm = 0, exact = 0, warm_chunks = 0;  // boundaries by kind
+  bool halves;                                                                       // pairs that the plan leaves whole are two items
 };
 
-__device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass) {
+// halves: how pairs go out if nothing is cut.
+__device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass, bool halves) {
   const Outline& outline = s.outline;
   const int i = threadIdx.x, P = a.multiprocessors;
   const bool rehearsing = pass == 0;
   Outcome outcome;
-  outcome.halves = outline.halves;
+  outcome.halves = halves;
   if (a.mode == Mode::automatic) {
     find_windows(a, s, outline, s.fails[pass], rehearsing);
     __syncthreads();
@@ -199,7 +200,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   if (kImbalance * m.time + kGain > outline.uncut) return outcome;
 
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
-  const int segments = line.exact + m.items[kDependents], each = (segments + kThreads - 1) / kThreads;
+  const int segments = line.exact + m.boundaries, each = (segments + kThreads - 1) / kThreads;
   const int from = i * each, to = min(segments, from + each);
   const auto warm_of = [&](int boundary) { return s.warm_here[boundary]; };
   Counts numbers{};
@@ -238,6 +239,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
       t.late_pieces = pieces - t.early_pieces;
       t.late_last = t.dependents <= kShortScan * line.exact;
+      outcome.exact = t.dependents;
+      if (m.halves) t.dependents *= 2;
       numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
     }
 #pragma unroll 1
@@ -256,7 +259,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
         continue;
       }
       look_around(x, warm_of);
-      if (stage == 2) emit(a.plan.items, x, t, numbers, warm_of);
+      if (stage == 2) emit(a.plan.items, x, t, numbers, m.halves, warm_of);
       numbers.add(x);
       if (stage == 1) warm += x.warm;
     }
@@ -266,7 +269,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
     emit_line(a, s, line, t, begin, end, warm, a.counts != nullptr && !rehearsing);
   }
   outcome.tickets = t.count(), outcome.longest_whole = outline.longest_whole;
-  outcome.warm = t.firsts - line.exact, outcome.exact = t.dependents, outcome.halves = false;
+  outcome.warm = t.firsts - line.exact, outcome.halves = false;
   return outcome;
 }
 
@@ -274,11 +277,12 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   __shared__ Shared s;
   device::allow_dependent_launch();
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
-  Outcome outcome;
-  outcome.halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
+  bool halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
   // `prepare` may have found that there is nothing to plan.
-  const bool told = *static_cast<const volatile std::int32_t*>(&a.plan.header->ready) != 0;
-  const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, outcome.halves);
+  const bool told = look_at_header(a.plan.header).ready();
+  const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, halves);
+  Outcome outcome;
+  outcome.halves = halves;
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.sequences.N * a.HV; i += kThreads) a.plan.initial_read[i] = 0;
@@ -291,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
 #pragma unroll 1
   for (int pass = a.rehearse && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
     if (pass == 1) device::wait_for_previous_launch();
-    if (listed > 0) outcome = plan_by_cost(a, s, pass);
+    if (listed > 0) outcome = plan_by_cost(a, s, pass, halves);
   }
   if (listed > 0) hand_it_out();
   if (threadIdx.x != 0 || a.counts == nullptr) return;

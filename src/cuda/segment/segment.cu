@@ -18,9 +18,9 @@ Room room_of(std::int64_t pairs, std::int64_t chunk_numbers, std::int64_t heads,
     room.boundaries = std::min<std::int64_t>(kMostBoundaries, most / kShortest);
   }
   const std::int64_t listed = forced > 0 || fixed ? pairs : std::min<std::int64_t>(kMostListed, pairs);
-  // By kind: firsts, transitions and local states, scans of two boundaries or more, dependents; pieces of the line and what goes on in
-  // them.
-  room.items = listed + room.boundaries * (1 + 2 + kScanBlocks / 2 + 1) + kThreads + listed + 1;
+  // By kind: firsts, transitions and local states, scans of two boundaries or more, dependents in halves; pieces of the line and what goes
+  // on in them.
+  room.items = listed + room.boundaries * (1 + 2 + kScanBlocks / 2 + kTiles) + kThreads + listed + 1;
   return room;
 }
 

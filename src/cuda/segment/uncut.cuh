@@ -1,10 +1,10 @@
-// A call without cuts, from lengths alone: how long it takes, and whether cutting anything could be worth it. `prepare` asks first: where
-// the answer is no, the chunk loop need not wait for a plan.
+// A call without cuts, from lengths alone: how long it takes, and whether cutting anything could be worth it. The host asks where it knows
+// the lengths, `prepare` where they are in device memory: if the answer is no, the chunk loop need not wait for a plan.
 #pragma once
 
 #include "cuda/device/reciprocal.cuh"
 #include "cuda/segment/config.h"
-#include "cuda/segment/items.cuh"
+#include "cuda/segment/header.cuh"
 
 namespace flashdelta::cuda::segment {
 
@@ -25,7 +25,9 @@ struct Lengths {
 constexpr Lengths kNoLengths{0, 1 << 30, 0};
 
 // items / per, rounded up, with the reciprocal of per. Not a division: half an item is more than what the product errs by.
-__device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) { return floorf((items + per - 0.5F) * reciprocal); }
+__host__ __device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) {
+  return floorf((items + per - 0.5F) * reciprocal);
+}
 
 // Times in chunks.
 struct Uncut {
@@ -34,7 +36,7 @@ struct Uncut {
   bool halves;         // pairs are best taken as two halves
   bool worth_cutting;  // at best
 };
-__device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, int HV, int multiprocessors) {
+__host__ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, int HV, int multiprocessors) {
   const float P = static_cast<float>(multiprocessors), reciprocal = device::reciprocal(P), pairs = static_cast<float>(N) * HV;
   Uncut x;
   x.total = static_cast<float>(lengths.sum) * HV;
@@ -51,12 +53,6 @@ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, int HV, in
   return x;
 }
 
-// The loop may begin. By one thread, behind a barrier of those that made the plan.
-__device__ __forceinline__ void hand_out(PlanHeader* header, int tickets, int longest_whole, bool halves) {
-  header->tickets = tickets, header->longest_whole = longest_whole, header->halves = halves ? 1 : 0;
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(&header->ready) : "memory");
-}
-
 // Lets the loop begin without a plan where no cut could be worth it, and else wait for one. One warp.
 __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequences& sequences, int HV, int multiprocessors, int lane) {
   Lengths mine = kNoLengths;
@@ -65,9 +61,9 @@ __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequenc
   const Uncut x = uncut(mine.together(), sequences.N, HV, multiprocessors);
   if (lane != 0) return;
   if (x.worth_cutting) {
-    header->ready = 0;
+    *header = PlanHeader::not_ready();
   } else {
-    hand_out(header, 0, 1 << 30, x.halves);
+    hand_out(header, 0, kAllWhole, x.halves);
   }
 }
 

@@ -1,0 +1,25 @@
+// How a plan's header goes from who makes it to the chunk loop.
+#pragma once
+
+#include "cuda/segment/items.cuh"
+
+namespace flashdelta::cuda::segment {
+
+// The loop may begin. By one thread, behind a barrier of those that made the plan.
+__device__ __forceinline__ void hand_out(PlanHeader* header, int tickets, int longest_whole, bool halves) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(header), "l"(PlanHeader::of(tickets, longest_whole, halves).word) : "memory");
+}
+
+// A plan's header as it is now.
+__device__ __forceinline__ PlanHeader look_at_header(const PlanHeader* header) {
+  PlanHeader now;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now.word) : "l"(header) : "memory");
+  return now;
+}
+__device__ __forceinline__ PlanHeader wait_for_header(const PlanHeader* header) {
+  PlanHeader now = look_at_header(header);
+  for (; !now.ready(); now = look_at_header(header)) __nanosleep(40);
+  return now;
+}
+
+}  // namespace flashdelta::cuda::segment
