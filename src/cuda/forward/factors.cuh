@@ -107,7 +107,6 @@ __device__ __forceinline__ void make_p(const float (&A)[32], const float* c, con
 #pragma unroll
     for (int e = 0; e < 8; ++e) D[e] = A[8 * (J + 1) + e];
   }
-  const int panel = warp == 0 ? 0 : 1024 * (warp + 1);
   uint32_t packed[4];
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
@@ -121,7 +120,7 @@ __device__ __forceinline__ void make_p(const float (&A)[32], const float* c, con
     p10 = j <= row + 8 ? p10 : 0.F, p11 = j + 1 <= row + 8 ? p11 : 0.F;
     packed[2 * v] = device::pack<Type>(p00, p01), packed[2 * v + 1] = device::pack<Type>(p10, p11);
   }
-  device::store_matrices(to + panel, packed[0], packed[1], packed[2], packed[3]);
+  device::store_matrices(to + staged_panel(warp), packed[0], packed[1], packed[2], packed[3]);
 }
 
 template <Operand Type>

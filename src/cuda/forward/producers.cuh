@@ -240,8 +240,9 @@ __device__ __forceinline__ void produce_values(const Arguments& a, Shared& s, co
   const auto store_output = [&] {
     device::barrier_wait(s.v_replaced[stage.at], stage.parity ^ 1);
     Output& to = s.output[stage.at];
+    // In the consumers' place, whose time it would take. Also behind a rehearsal, whose output is not stored: a copy comes into the tile.
+    device::fence_shared_to_async();
     if (to.map == nullptr) return;
-    device::fence_shared_to_async();  // in the consumers' place, whose time it would take
 #pragma unroll
     for (int w = 0; w < kTiles; ++w) {
       if ((to.consumers >> w & 1) != 0) device::store_box(to.map, s.v[stage.at][w], w, to.head, to.token, to.row);
