@@ -42,10 +42,15 @@ __device__ __forceinline__ void make_factors(const Arguments& a, Shared& s, int 
     for (int i = work.stages_before(); i > 0; --i) {
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
       device::barrier_wait(s.loaded[stage.at], stage.parity);
+      // A state's tiles of v too, and before anyone may read them: a phase that passes unseen would be taken for the one after it.
+#pragma unroll 1
+      for (int piece = 2; piece < 4 && work.staged != Staged::no; ++piece) {
+        device::barrier_wait(s.v_loaded[v_stage.at], v_stage.parity);
+        v_stage.next();
+      }
       device::barrier_arrive(s.normed[stage.at]), device::barrier_arrive(s.made[stage.at]);
       stage.next();
     }
-    if (work.staged != Staged::no) v_stage.next(), v_stage.next();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int at = stage.at;
