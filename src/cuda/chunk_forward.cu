@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -51,6 +52,15 @@ segment::Mode mode_of(const Problem& p) {
   // Token by token means few tokens: nothing to cut.
   if (p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_OFF || p.operation == op::Operation::recurrent_forward) return segment::Mode::off;
   return p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_EXACT ? segment::Mode::exact : segment::Mode::automatic;
+}
+
+// A call that is planned by cost, uncut, where its lengths are known here and tell that no cut is worth it.
+std::optional<segment::Uncut> told_uncut(const Problem& p, int multiprocessors) {
+  if (p.cu_seqlens != nullptr || p.segment_counts.data != nullptr) return std::nullopt;
+  const int chunks = static_cast<int>((p.T + kChunk - 1) / kChunk);
+  const segment::Lengths lengths{chunks, chunks, static_cast<unsigned>(p.N * chunks)};
+  const segment::Uncut uncut = segment::uncut(lengths, static_cast<int>(p.N), static_cast<int>(p.HV), multiprocessors);
+  return uncut.worth_cutting ? std::nullopt : std::optional(uncut);
 }
 
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
@@ -205,13 +215,9 @@ void chunk_forward(const Problem& p) {
   prepared.saved_states = states(p.saved_states);
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
-  // Without packs lengths are known here, and may be enough to tell that nothing is worth a cut.
   const bool by_cost = layout.mode != segment::Mode::off && !p.batch_invariant && p.num_segments == 0;
-  const int row_chunks = static_cast<int>((p.T + kChunk - 1) / kChunk);
-  const segment::Uncut uncut =
-      segment::uncut({row_chunks, row_chunks, static_cast<unsigned>(p.N * row_chunks)}, sequences.N, static_cast<int>(p.HV), count);
-  const bool told = by_cost && p.cu_seqlens == nullptr && !uncut.worth_cutting && p.segment_counts.data == nullptr;
-  const segment::Mode mode = told ? segment::Mode::off : layout.mode;
+  const std::optional<segment::Uncut> uncut = by_cost ? told_uncut(p, count) : std::nullopt;
+  const segment::Mode mode = uncut ? segment::Mode::off : layout.mode;
   prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
   Plan plan{};
   if (mode != segment::Mode::off || p.segment_counts.data != nullptr) {
@@ -258,7 +264,7 @@ void chunk_forward(const Problem& p) {
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
   arguments.initial_staged = has_state_map(p.initial_state);
-  arguments.halves = plan.header == nullptr && (told ? uncut.halves : halves_fit(p.N * p.HV, count));
+  arguments.halves = plan.header == nullptr && (uncut ? uncut->halves : halves_fit(p.N * p.HV, count));
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};

@@ -76,7 +76,7 @@ __device__ __forceinline__ bool rehearses(const Arguments& a) { return a.saved_s
 __device__ __forceinline__ void rehearse(Shared& s, int number, bool full) {
   Work& work = s.work[number];
   work.item = {kNoSequence, 0, 0, full ? 0 : 1, 1, From::zero, To::nowhere, 0, 0, 0, -1, 0, kBothConsumers};
-  work.row = work.token = work.slot = 0, work.length = kChunk, work.staged = Staged::no;
+  work.staged = Staged::no;  // where its sequence lies no one asks
   device::barrier_arrive(s.item_full[number]), device::barrier_arrive(s.loaded[number]);
 }
 

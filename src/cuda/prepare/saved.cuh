@@ -48,13 +48,13 @@ __device__ __noinline__ void save(const Arguments& a, const Place& at, int head,
 
 // Rows of o before the first sequence and after the last.
 static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a) {
-  const int low = a.sequences.offset(0), high = low + a.sequences.covered();
-  const int heads = a.H * a.group, outside = a.sequences.T - a.sequences.covered();
+  const int low = a.sequences.offset(0), covered = a.sequences.covered();
+  const int heads = a.H * a.group, outside = a.sequences.T - covered;
   constexpr int kUnits = kHead * 2 / 16;
   for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        e < static_cast<std::int64_t>(outside) * heads * kUnits; e += static_cast<std::int64_t>(workers(a)) * blockDim.x) {
     const int unit = e % kUnits, head = e / kUnits % heads, i = static_cast<int>(e / kUnits / heads);
-    const int token = i < low ? i : high + (i - low);
+    const int token = i < low ? i : i + covered;
     *reinterpret_cast<uint4*>(a.o + token * a.o_token + head * a.o_head + unit * 16) = make_uint4(0, 0, 0, 0);
   }
 }
@@ -77,9 +77,9 @@ static __device__ __noinline__ void clear_bounds_of_no_chunk(const Arguments& a)
 static __device__ __noinline__ void zero_saved_of_no_sequence(const Arguments& a) {
   const int tid = threadIdx.x, threads = blockDim.x, heads = a.H * a.group;
   if (a.sequences.cu_seqlens != nullptr && (a.saved_c.data != nullptr || a.saved_T.data != nullptr)) {
-    const int low = a.sequences.offset(0), high = low + a.sequences.covered();
-    for (int i = blockIdx.x; i < a.sequences.T - (high - low); i += workers(a)) {
-      const int token = i < low ? i : high + (i - low);
+    const int low = a.sequences.offset(0), covered = a.sequences.covered();
+    for (int i = blockIdx.x; i < a.sequences.T - covered; i += workers(a)) {
+      const int token = i < low ? i : i + covered;
       for (int e = tid; e < heads * kChunk; e += threads) {
         const int head = e / kChunk, j = e % kChunk;
         if (a.saved_T.data != nullptr) {

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  hand_out(a.plan.header, t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors));
+  hand_out(a.plan.header, PlanHeader::of(t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors)));
   if (a.counts == nullptr) return;
   a.counts[0] = pairs + warm_boundaries + t.dependents, a.counts[1] = warm_boundaries, a.counts[2] = t.dependents;
   a.counts[3] = warm_chunks;

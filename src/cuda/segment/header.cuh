@@ -6,8 +6,8 @@
 namespace flashdelta::cuda::segment {
 
 // The loop may begin. By one thread, behind a barrier of those that made the plan.
-__device__ __forceinline__ void hand_out(PlanHeader* header, int tickets, int longest_whole, bool halves) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(header), "l"(PlanHeader::of(tickets, longest_whole, halves).word) : "memory");
+__device__ __forceinline__ void hand_out(PlanHeader* to, PlanHeader header) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(header.word) : "memory");
 }
 
 // A plan's header as it is now.

@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   }
   const auto hand_it_out = [&] {
     __syncthreads();
-    if (threadIdx.x == 0) hand_out(a.plan.header, outcome.tickets, outcome.longest_whole, outcome.halves);
+    if (threadIdx.x == 0) hand_out(a.plan.header, PlanHeader::of(outcome.tickets, outcome.longest_whole, outcome.halves));
   };
   if (listed == 0 && !told) hand_it_out();
 #pragma unroll 1

@@ -63,7 +63,7 @@ __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequenc
   if (x.worth_cutting) {
     *header = PlanHeader::not_ready();
   } else {
-    hand_out(header, 0, kAllWhole, x.halves);
+    hand_out(header, PlanHeader::of(0, kAllWhole, x.halves));
   }
 }
 
