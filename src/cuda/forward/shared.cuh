@@ -30,7 +30,6 @@ struct Work {
   // Stages before those of its chunks: a state's, or all of a scan's.
   __device__ __forceinline__ int stages_before() const { return staged == Staged::no ? 2 * item.scan_steps : 1; }
   __device__ __forceinline__ bool takes_part(int w) const { return (item.consumers >> w & 1) != 0; }
-  __device__ __forceinline__ bool ragged() const { return length % kChunk != 0; }
 };
 
 // Where the chunk of o that a tile of v becomes goes.
