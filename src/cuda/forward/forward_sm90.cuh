@@ -127,9 +127,8 @@ struct ScanRing {
   Shared& s;
   Place<kStages>& stage;
 
-  __device__ __forceinline__ const unsigned char* high() const { return s.k[stage.at][0]; }
-  __device__ __forceinline__ const unsigned char* low() const { return s.q[stage.at][0]; }
-  __device__ __forceinline__ const unsigned char* local() const { return s.p[stage.at]; }
+  __device__ __forceinline__ const unsigned char* part(int half) const { return half == 0 ? s.k[stage.at][0] : s.q[stage.at][0]; }
+  __device__ __forceinline__ const unsigned char* local(int half) const { return half == 0 ? s.p[stage.at] : s.t[stage.at].panels; }
   __device__ __forceinline__ void wait() {
     device::barrier_wait(s.made[stage.at], stage.parity);
     device::barrier_wait(s.p_made[stage.at], stage.parity);
@@ -137,12 +136,6 @@ struct ScanRing {
   __device__ __forceinline__ void release() {
     device::barrier_arrive(s.released[stage.at]);
     stage.next();
-  }
-  // A stage that is the other consumer's. Waited for all the same: before it is loaded that one may still be at what it held before, and a
-  // release would count as its own.
-  __device__ __forceinline__ void let_pass() {
-    wait();
-    release();
   }
 };
 

@@ -106,7 +106,7 @@ __device__ __forceinline__ void load_piece(const Arguments& a, const Work& work,
   }
 }
 
-// What a scan's steps need, half a transition a stage, as soon as it is there.
+// What a scan's steps need, as soon as it is there: a transition's low parts in one stage, its high parts and the local state in the next.
 __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, const Item& item, Place<kStages>& stage) {
   const auto* states =
       reinterpret_cast<const unsigned char*>(a.plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead) +
@@ -123,16 +123,17 @@ __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, 
     }
     states += kHead * kHead * 4, transitions += kHead * kHead * 4;
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
+    for (int part = 1; part >= 0; --part) {
       Barrier& loaded = s.loaded[stage.at];
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, 2 * segment::kHalfBytes + 2 * segment::kRunBytes);
-      device::load_shared_bytes(s.k[stage.at], transitions + half * segment::kHalfBytes, segment::kHalfBytes, loaded);
-      device::load_shared_bytes(s.q[stage.at], transitions + (2 + half) * segment::kHalfBytes, segment::kHalfBytes, loaded);
+      device::barrier_arrive_expect(loaded, 2 * segment::kHalfBytes + (part == 0 ? segment::kBlockBytes : 0));
+      const unsigned char* from = transitions + part * 2 * segment::kHalfBytes;
+      device::load_shared_bytes(s.k[stage.at], from, segment::kHalfBytes, loaded);
+      device::load_shared_bytes(s.q[stage.at], from + segment::kHalfBytes, segment::kHalfBytes, loaded);
 #pragma unroll 1
-      for (int run = 0; run < 2; ++run) {
-        device::load_shared_bytes(s.p[stage.at] + run * segment::kRunStep, states + (2 * half + run) * segment::kRunBytes,
-                                  segment::kRunBytes, loaded);
+      for (int run = part == 0 ? 0 : 4; run < 4; ++run) {
+        device::load_shared_bytes((run < 2 ? s.p[stage.at] : s.t[stage.at].panels) + run % 2 * segment::kRunStep,
+                                  states + run * segment::kRunBytes, segment::kRunBytes, loaded);
       }
       stage.next();
     }

@@ -80,14 +80,15 @@ __device__ __forceinline__ void store_state(const float (&S)[64], const States& 
 
 // A transition as the scan wants it (segment/scan_sm90.cuh): rows k; v and v + 8 of a column block share a register.
 __device__ __forceinline__ void store_transition(const float (&S)[64], uint32_t* to, int first_row, int lane) {
-  const int row = 2 * (lane % 4), pair = first_row / 2 + lane / 4;
+  to += segment::transition_offset(2 * (lane % 4), first_row / 2 + lane / 4);
 #pragma unroll
-  for (int i = 0; i < 64; i += 4) {
+  for (int i = 0; i < 64; i += 8) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const segment::Split x = segment::split(S[i + e], S[i + e + 2]);
-      const int at = segment::transition_offset(row + i / 4 * 8 + e, pair);
-      to[at] = x.high, to[kHead * segment::kPairs + at] = x.low;
+      const segment::Split x = segment::split(S[i + e], S[i + e + 2]), y = segment::split(S[i + e + 4], S[i + e + 6]);  // 8 rows further
+      uint32_t* at = to + segment::transition_offset(i * 2 + e, 0);
+      *reinterpret_cast<uint2*>(at) = make_uint2(x.high, y.high),
+      *reinterpret_cast<uint2*>(at + kHead * kHead / 2) = make_uint2(x.low, y.low);
     }
   }
 }

@@ -8,9 +8,9 @@
 // stage: rows 0..63 for the first consumer, 64..127 for the second; and from there into registers a step ahead.
 #pragma once
 
-#include "cuda/device/barrier.cuh"
+#include "cuda/device/copy.cuh"
 #include "cuda/device/fragment.cuh"
-#include "cuda/device/mma.cuh"
+#include "cuda/device/wgmma.cuh"
 #include "cuda/segment/items.cuh"
 
 namespace flashdelta::cuda::segment {
@@ -18,11 +18,11 @@ namespace flashdelta::cuda::segment {
 using device::Operand;
 using std::uint32_t;
 
-constexpr int kPairs = kHead / 2;  // of a row
-// Of a column of S, with padding that spreads the lanes' 16-byte loads over all banks.
-constexpr int kScanColumn = kPairs + 16;
+// The state that a step multiplies, transposed: 16 columns' high parts, then their low parts; two tiles of 64 rows of the state, 128-byte
+// swizzled.
+constexpr int kScanTile = 2 * kScanColumns * 128;
 struct ScanShared {
-  uint32_t high[2][kScanColumns][kScanColumn], low[2][kScanColumns][kScanColumn];  // in turn
+  alignas(1024) unsigned char state[2][2][kScanTile];  // in turn
 };
 
 __device__ __forceinline__ void wait_for_count(const std::int32_t* count, int wanted) {
@@ -69,10 +69,13 @@ __device__ __forceinline__ Split split(float x, float y) {
   return {high, device::pack<Operand::bf16>(x - held.x, y - held.y)};
 }
 
-// In global memory a transition is 128 rows of high parts, then of low parts, 256 bytes a row, whose 16-byte units are swapped by fours in
-// odd rows, so that eight lanes read from all banks.
-constexpr int kHalfRows = kHead / 2, kHalfBytes = kHalfRows * kPairs * 4, kBlockBytes = kHead * kScanColumns * 4;
-__host__ __device__ constexpr int transition_offset(int row, int pair) { return row * kPairs + (pair ^ ((row & 1) << 4)); }
+// In global memory a transition is 128 rows of high parts, then of low parts, 16 rows after another, each 16 as products take them from
+// registers: for 16 of the state's rows a lane's four registers side by side, each with two entries of a row, of columns r and r + 8.
+constexpr int kHalfRows = kHead / 2, kHalfBytes = kHalfRows * kHead * 2, kBlockBytes = kHead * kScanColumns * 4;
+// The register of row `row` and columns c and c + 8, where c is the `pair`th such; that of row + 8 is the next one.
+__host__ __device__ constexpr int transition_offset(int row, int pair) {
+  return ((row / 16 * 8 + pair / 8) * 32 + row % 8 * 4 + pair % 4) * 4 + pair % 8 / 4 * 2 + row % 16 / 8;
+}
 
 // A boundary's state is in blocks of 16 columns. Eight rows of a block are 512 bytes in an order in which a warp that holds the state, and
 // one that scans it, read and write from all banks: bits 1 and 2 of the row beside the three low ones of the column. Sums of offsets are
@@ -81,102 +84,105 @@ __host__ __device__ constexpr int boundary_offset(int row, int column) {
   return (row >> 3) * 8 * kScanColumns | (row & 1) << 6 | (column >> 3 & 1) << 5 | (row >> 1 & 3) << 3 | (column & 7);
 }
 
-// A half's local state lies in two runs of 32 rows: the stage's holes, which stay zero, are between.
+// Half a local state lies in two runs of 32 rows: the stage's holes, which stay zero, are between.
 constexpr int kRunBytes = kHalfRows / 2 * kScanColumns * 4, kRunStep = 2560;
 
-// `ring`: the stages, in turn. `done` counts steps that all have written. `half`: which consumer.
+// acc (64 x 32) = or += one part of half a transition (64 x 128) * (high | low) parts of the state; issued and committed.
+template <bool Fresh>
+__device__ __forceinline__ void multiply_state(float (&acc)[16], const uint4 (&part)[8], const unsigned char (&state)[2][kScanTile]) {
+  const std::uint64_t tiles = device::describe_rows_128(state[0]);
+  device::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const std::uint64_t rows = device::advance(tiles, i / 4 * kScanTile + i % 4 * 32);
+    const uint32_t a[4] = {part[i].x, part[i].y, part[i].z, part[i].w};
+    if (Fresh && i == 0) {
+      device::wgmma_rs_n32<Operand::bf16, true>(acc, a, rows);
+    } else {
+      device::wgmma_rs_n32<Operand::bf16, false>(acc, a, rows);
+    }
+  }
+  device::wgmma_commit();
+}
+
+// `ring`: the stages, in turn: low parts, then high parts and the local state. `done` counts steps that all have written. `half`: which
+// consumer.
 template <class Ring>
 __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, Ring& ring, int barrier, int& done,
                                                 int half, int warp, int lane) {
-  const int g = lane / 4, t = lane % 4, row = 16 * warp + g, pairs = 8 * (4 * half + warp) + g;  // row: within the half
-  const int place = boundary_offset(row, 2 * t);
+  const int g = lane / 4, t = lane % 4, row = 16 * warp + g, pair = 8 * (4 * half + warp) + g;  // row: within the half
+  const bool leads = half == 0 && warp == 0 && lane == 0;
+  const int place = boundary_offset(row, 2 * t), steps = item.scan_steps;
   float* states = plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead + item.first * (kBlockBytes / 4) +
                   kHalfRows * half * kScanColumns + place;
-  const auto put = [&](int turn, const float (&sum)[2][4]) {
+  const auto load_part = [&](uint4(&to)[8]) {
+    ring.wait();
+    const unsigned char* from = ring.part(half) + warp * 8 * 512 + lane * 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i] = *reinterpret_cast<const uint4*>(from + i * 512);
+  };
+  float sum[2][4];
+  const auto load_sum = [&](const unsigned char* from) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float2 x = *reinterpret_cast<const float2*>(from + boundary_offset(0, 8 * n) * 4),
+                   y = *reinterpret_cast<const float2*>(from + boundary_offset(8, 8 * n) * 4);
+      sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
+    }
+  };
+  // For the next step's products.
+  const auto put = [&](int turn) {
+    unsigned char* to = s.state[turn][half] + pair % 4 * 4;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const Split x = split(sum[n][e], sum[n][e + 2]);
-        s.high[turn][8 * n + 2 * t + e][pairs] = x.high, s.low[turn][8 * n + 2 * t + e][pairs] = x.low;
+        unsigned char* at = to + (8 * n + 2 * t + e) * 128 + ((pair / 4 % 8 ^ (2 * t + e)) << 4);
+        *reinterpret_cast<uint32_t*>(at) = x.high, *reinterpret_cast<uint32_t*>(at + kScanColumns * 128) = x.low;
       }
     }
-  };
-  // Of the step that comes next, in registers since the step before: so its stages are free while that one ends.
-  uint4 high[4][2], low[4][2];
-  float sum[2][4];
-  const auto load = [&] {
-    if (half == 1) ring.let_pass();
-    ring.wait();
-    const unsigned char* local = ring.local() + (row >= 32 ? kRunStep - kRunBytes : 0) + place * 4;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(local + boundary_offset(0, 8 * n) * 4),
-                   y = *reinterpret_cast<const float2*>(local + boundary_offset(8, 8 * n) * 4);
-      sum[n][0] = x.x, sum[n][1] = x.y, sum[n][2] = y.x, sum[n][3] = y.y;
-    }
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int at = transition_offset(row, 16 * b + 4 * t) * 4 + e * 8 * kPairs * 4;
-        high[b][e] = *reinterpret_cast<const uint4*>(ring.high() + at), low[b][e] = *reinterpret_cast<const uint4*>(ring.low() + at);
-      }
-    }
-    ring.release();
-    if (half == 0) ring.let_pass();
-  };
-  load();
-  {
-    float first[2][4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(states + boundary_offset(0, 8 * n)),
-                   y = *reinterpret_cast<const float2*>(states + boundary_offset(8, 8 * n));
-      first[n][0] = x.x, first[n][1] = x.y, first[n][2] = y.x, first[n][3] = y.y;
-    }
-    put(0, first);
+    device::fence_shared_to_async();
     device::named_sync(barrier, 256);
-  }
-#pragma unroll 1
-  for (int step = 1; step <= item.scan_steps; ++step) {
-    const int turn = (step - 1) & 1;
-    // Sums of their own for the three products: a chain of dependent products a third as long.
-    float low_high[2][4] = {}, high_low[2][4] = {};
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const uint32_t h0[4] = {high[b][0].x, high[b][1].x, high[b][0].y, high[b][1].y};
-      const uint32_t h1[4] = {high[b][0].z, high[b][1].z, high[b][0].w, high[b][1].w};
-      const uint32_t l0[4] = {low[b][0].x, low[b][1].x, low[b][0].y, low[b][1].y};
-      const uint32_t l1[4] = {low[b][0].z, low[b][1].z, low[b][0].w, low[b][1].w};
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint4 x = *reinterpret_cast<const uint4*>(&s.high[turn][8 * n + g][16 * b + 4 * t]);
-        const uint4 y = *reinterpret_cast<const uint4*>(&s.low[turn][8 * n + g][16 * b + 4 * t]);
-        device::mma_16x8x16<Operand::bf16, false>(low_high[n], l0, x.x, x.y);
-        device::mma_16x8x16<Operand::bf16, false>(high_low[n], h0, y.x, y.y);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], h0, x.x, x.y);
-        device::mma_16x8x16<Operand::bf16, false>(low_high[n], l1, x.z, x.w);
-        device::mma_16x8x16<Operand::bf16, false>(high_low[n], h1, y.z, y.w);
-        device::mma_16x8x16<Operand::bf16, false>(sum[n], h1, x.z, x.w);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[n][e] += low_high[n][e] + high_low[n][e];
-    }
-    put(turn ^ 1, sum);
+  };
+  const auto store = [&](int step) {
     float* to = states + static_cast<std::int64_t>(step) * kHead * kHead;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       *reinterpret_cast<float2*>(to + boundary_offset(0, 8 * n)) = make_float2(sum[n][0], sum[n][1]);
       *reinterpret_cast<float2*>(to + boundary_offset(8, 8 * n)) = make_float2(sum[n][2], sum[n][3]);
     }
-    if (step < item.scan_steps) load();
-    device::named_sync(barrier, 256);
-    device::count_up_if(done, half == 0 && warp == 0 && lane == 0);
+  };
+  // Each part comes into registers while the products of the other run.
+  uint4 high[8], low[8];
+  load_part(low), ring.release();
+  load_sum(reinterpret_cast<const unsigned char*>(states));
+  put(0);
+#pragma unroll 1
+  for (int step = 1; step <= steps; ++step) {
+    float acc[16];
+    const auto& state = s.state[(step - 1) & 1];
+    multiply_state<true>(acc, low, state);
+    if (step > 1) store(step - 1);
+    load_part(high);
+    load_sum(ring.local(half) + (row >= 32 ? kRunStep - kRunBytes : 0) + place * 4);
+    ring.release();
+    multiply_state<false>(acc, high, state);
+    device::wgmma_wait<1>();
+    if (step < steps) load_part(low), ring.release();
+    device::wgmma_wait<0>();
+    device::hold(acc);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[n][e] += acc[4 * n + e] + acc[8 + 4 * n + e];
+    }
+    put(step & 1);
+    device::count_up_if(done, step > 1 && leads);  // the step before it, whose states all have stored
   }
+  store(steps);
+  device::named_sync(barrier, 256);
+  device::count_up_if(done, leads);
 }
 
 }  // namespace flashdelta::cuda::segment
