@@ -63,13 +63,16 @@ TEST_F(CudaHpp, RefusesToMakeAWorkspaceOnTheHost) {
 }
 
 TEST_F(CudaHpp, ABackwardIsUnavailable) {
-  DeviceCall device(packed_call());
+  Call call = packed_call();
+  call.unwanted = {"saved_c", "saved_T"};
+  DeviceCall device(call);
   ASSERT_EQ(device.prepare(), "");
-  const ForwardArgs forward = arguments_of(device.arguments());
+  const flashdelta_forward_args c = device.arguments();
+  const ForwardArgs forward = arguments_of(c);
   BackwardArgs args;
   args.q = forward.q, args.k = forward.k, args.v = forward.v, args.g = forward.g, args.beta = forward.beta,
   args.cu_seqlens = forward.cu_seqlens;
-  args.dq = forward.q;
+  args.saved_states = view(c.saved_states), args.d_o = forward.o;
   EXPECT_THROW(static_cast<void>(chunk_backward_workspace_size(args)), UnavailableError);
 }
 

@@ -158,10 +158,10 @@ class Block:
                 return
             item = following
             for step in range(item.scan):
-                for half in range(2):
+                for part in ("low", "high"):
                     yield from self.released[stage.at].wait(stage.parity ^ 1)
                     self.loaded[stage.at].arrive_expect(1)
-                    self.copy(self.stage, stage.at, (item.number, "scan", step, half), self.loaded[stage.at])
+                    self.copy(self.stage, stage.at, (item.number, part, step), self.loaded[stage.at])
                     stage.next()
                     yield
             if item.staged:
@@ -195,12 +195,14 @@ class Block:
             stage.next()
 
         while (item := (yield from self.read_work(works))) is not None:
-            for step in range(item.scan):
-                while self.scanned == self.announced:
+            step = 0
+            while step < item.scan:
+                while (written := min(self.scanned - self.announced, item.scan - step)) == 0:
                     yield
+                assert all(self.scan_warps[item.number, step + i] == WARPS for i in range(written))
+                self.announced += written
+                step += written
                 yield from self.pause(8)
-                assert self.scan_warps[item.number, step] == WARPS
-                self.announced += 1
             if item.rehearsal:
                 for _ in range(item.chunks):
                     self.v_loaded[stage.at].arrive()
@@ -259,7 +261,7 @@ class Block:
         half, works, stage, v_stage = warp // 4, Place(RING), Place(STAGES), Place(TILES)
         while (item := (yield from self.read_work(works))) is not None:
             if item.scan:
-                yield from self._scan(item, half, warp, stage)
+                yield from self._scan(item, warp, stage)
             elif not item.takes_part(half):
                 yield from self._let_pass(item, stage, v_stage)
             else:
@@ -274,19 +276,28 @@ class Block:
         stage.next()
         yield
 
-    def _scan(self, item: Item, half: int, warp: int, stage: Place) -> Steps:
-        for step in range(item.scan):
-            for part in range(2):
-                yield from self.made[stage.at].wait(stage.parity)
-                yield from self.p_made[stage.at].wait(stage.parity)
-                yield from self.pause(3)
-                assert part != half or self.stage[stage.at] == (item.number, "scan", step, half)
-                yield from self._release(stage)
-            self.scan_warps[item.number, step] = self.scan_warps.get((item.number, step), 0) + 1
+    def _scan(self, item: Item, warp: int, stage: Place) -> Steps:
+        def load_part(part: str, step: int) -> Steps:
+            yield from self.made[stage.at].wait(stage.parity)
+            yield from self.p_made[stage.at].wait(stage.parity)
+            yield from self.pause(3)
+            assert self.stage[stage.at] == (item.number, part, step)
+            yield from self._release(stage)
+
+        def meet() -> Steps:
             phase = self.scan_barrier.phase
             self.scan_barrier.arrive()
             while self.scan_barrier.phase == phase:
                 yield
+
+        yield from load_part("low", 0)
+        yield from meet()
+        for step in range(item.scan):
+            yield from load_part("high", step)
+            if step < item.scan - 1:
+                yield from load_part("low", step + 1)
+            self.scan_warps[item.number, step] = self.scan_warps.get((item.number, step), 0) + 1
+            yield from meet()
             self.scanned += warp == 0
             yield
 

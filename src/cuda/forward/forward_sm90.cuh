@@ -128,7 +128,7 @@ struct ScanRing {
   Place<kStages>& stage;
 
   __device__ __forceinline__ const unsigned char* part(int half) const { return half == 0 ? s.k[stage.at][0] : s.q[stage.at][0]; }
-  __device__ __forceinline__ const unsigned char* local(int half) const { return half == 0 ? s.p[stage.at] : s.t[stage.at].panels; }
+  __device__ __forceinline__ const unsigned char* state(int half) const { return half == 0 ? s.p[stage.at] : s.t[stage.at].panels; }
   __device__ __forceinline__ void wait() {
     device::barrier_wait(s.made[stage.at], stage.parity);
     device::barrier_wait(s.p_made[stage.at], stage.parity);

@@ -107,12 +107,12 @@ __device__ __forceinline__ void load_piece(const Arguments& a, const Work& work,
 }
 
 // What a scan's steps need, as soon as it is there: a transition's low parts in one stage, its high parts and the local state in the next.
+// The first stage also brings the state to begin with.
 __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, const Item& item, Place<kStages>& stage) {
-  const auto* states =
-      reinterpret_cast<const unsigned char*>(a.plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead) +
-      item.first * segment::kBlockBytes;
-  const auto* transitions =
-      reinterpret_cast<const unsigned char*>(a.plan.transitions + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead);
+  constexpr int kStateBytes = kHead * kHead * 4;  // of a transition too
+  const std::int64_t first = static_cast<std::int64_t>(item.from_boundary) * kHead * kHead;
+  const auto* states = reinterpret_cast<const unsigned char*>(a.plan.states + first) + item.first * segment::kBlockBytes;
+  const auto* transitions = reinterpret_cast<const unsigned char*>(a.plan.transitions + first);
   segment::wait_for_count(&a.plan.arrived[item.from_boundary], kArrivalsWhole);
   int known = 0;  // steps whose transition and local state are there
 #pragma unroll 1
@@ -121,17 +121,19 @@ __device__ __forceinline__ void load_transitions(const Arguments& a, Shared& s, 
       known += segment::wait_for_counts(&a.plan.arrived[item.from_boundary + step], item.scan_steps + 1 - step, kArrivalsParts);
       device::fence_global_to_async();
     }
-    states += kHead * kHead * 4, transitions += kHead * kHead * 4;
+    transitions += kStateBytes;
 #pragma unroll 1
-    for (int part = 1; part >= 0; --part) {
+    for (int low = 1; low >= 0; --low) {
       Barrier& loaded = s.loaded[stage.at];
+      const bool brings_state = low == 0 || step == 1;
+      if (low == 0) states += kStateBytes;
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, 2 * segment::kHalfBytes + (part == 0 ? segment::kBlockBytes : 0));
-      const unsigned char* from = transitions + part * 2 * segment::kHalfBytes;
+      device::barrier_arrive_expect(loaded, 2 * segment::kHalfBytes + (brings_state ? segment::kBlockBytes : 0));
+      const unsigned char* from = transitions + low * 2 * segment::kHalfBytes;
       device::load_shared_bytes(s.k[stage.at], from, segment::kHalfBytes, loaded);
       device::load_shared_bytes(s.q[stage.at], from + segment::kHalfBytes, segment::kHalfBytes, loaded);
 #pragma unroll 1
-      for (int run = part == 0 ? 0 : 4; run < 4; ++run) {
+      for (int run = brings_state ? 0 : 4; run < 4; ++run) {
         device::load_shared_bytes((run < 2 ? s.p[stage.at] : s.t[stage.at].panels) + run % 2 * segment::kRunStep,
                                   states + run * segment::kRunBytes, segment::kRunBytes, loaded);
       }
@@ -222,14 +224,23 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
   device::wait_for_previous_launch();  // a launch must not end before those that it follows
 }
 
-// In the scanning consumers' place: a release to the whole device takes longer than a step.
+// In the scanning consumers' place: a release to the whole device takes longer than a step. So it is one for all steps that have been
+// written when it begins.
 __device__ __forceinline__ void announce_steps(const Arguments& a, Shared& s, const Item& item) {
+  std::int32_t* next = &a.plan.scanned[item.from_boundary + 1];
+  int left = item.scan_steps;
 #pragma unroll 1
-  for (int step = 1; step <= item.scan_steps; ++step) {
-    while (device::count(s.scanned) == s.announced) __nanosleep(20);
+  while (left > 0) {
+    const int written = min(device::count(s.scanned) - s.announced, left);  // consumers may be at the next scan already
+    if (written == 0) {
+      __nanosleep(20);
+      continue;
+    }
+    s.announced = s.announced + written, left -= written;
     device::fence_global_to_async();  // copies read what it tells of
-    segment::add_to_count(&a.plan.scanned[item.from_boundary + step]);
-    s.announced = s.announced + 1;
+    segment::fence_device();
+#pragma unroll 1
+    for (int i = 0; i < written; ++i) segment::add_behind_fence(next++);
   }
 }
 

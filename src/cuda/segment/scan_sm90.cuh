@@ -55,6 +55,11 @@ __device__ __forceinline__ int wait_for_counts(const std::int32_t* counts, int c
     __nanosleep(40);
   }
 }
+// Orders what this thread has seen, or written, before what others see of its later writes.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void add_behind_fence(std::int32_t* count) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+}
 // Behind a barrier of the threads whose writes it announces (a release counts what the barrier ordered before it); by one of them.
 __device__ __forceinline__ void add_to_count(std::int32_t* count) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
@@ -105,13 +110,12 @@ __device__ __forceinline__ void multiply_state(float (&acc)[16], const uint4 (&p
   device::wgmma_commit();
 }
 
-// `ring`: the stages, in turn: low parts, then high parts and the local state. `done` counts steps that all have written. `half`: which
-// consumer.
+// `ring`: the stages, in turn: low parts, beside the first ones the state to begin with; then high parts and the local state. `done` counts
+// steps that all have written. `half`: which consumer.
 template <class Ring>
 __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, Ring& ring, int barrier, int& done,
                                                 int half, int warp, int lane) {
   const int g = lane / 4, t = lane % 4, row = 16 * warp + g, pair = 8 * (4 * half + warp) + g;  // row: within the half
-  const bool leads = half == 0 && warp == 0 && lane == 0;
   const int place = boundary_offset(row, 2 * t), steps = item.scan_steps;
   float* states = plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead + item.first * (kBlockBytes / 4) +
                   kHalfRows * half * kScanColumns + place;
@@ -122,7 +126,8 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
     for (int i = 0; i < 8; ++i) to[i] = *reinterpret_cast<const uint4*>(from + i * 512);
   };
   float sum[2][4];
-  const auto load_sum = [&](const unsigned char* from) {
+  const auto load_sum = [&] {
+    const unsigned char* from = ring.state(half) + (row >= 32 ? kRunStep - kRunBytes : 0) + place * 4;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const float2 x = *reinterpret_cast<const float2*>(from + boundary_offset(0, 8 * n) * 4),
@@ -142,8 +147,6 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
         *reinterpret_cast<uint32_t*>(at) = x.high, *reinterpret_cast<uint32_t*>(at + kScanColumns * 128) = x.low;
       }
     }
-    device::fence_shared_to_async();
-    device::named_sync(barrier, 256);
   };
   const auto store = [&](int step) {
     float* to = states + static_cast<std::int64_t>(step) * kHead * kHead;
@@ -153,19 +156,24 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       *reinterpret_cast<float2*>(to + boundary_offset(8, 8 * n)) = make_float2(sum[n][2], sum[n][3]);
     }
   };
+  const auto meet = [&] {
+    device::fence_shared_to_async();
+    device::named_sync(barrier, 256);
+  };
   // Each part comes into registers while the products of the other run.
   uint4 high[8], low[8];
-  load_part(low), ring.release();
-  load_sum(reinterpret_cast<const unsigned char*>(states));
+  load_part(low);
+  load_sum();
+  ring.release();
   put(0);
+  meet();
 #pragma unroll 1
   for (int step = 1; step <= steps; ++step) {
     float acc[16];
     const auto& state = s.state[(step - 1) & 1];
     multiply_state<true>(acc, low, state);
-    if (step > 1) store(step - 1);
     load_part(high);
-    load_sum(ring.local(half) + (row >= 32 ? kRunStep - kRunBytes : 0) + place * 4);
+    load_sum();
     ring.release();
     multiply_state<false>(acc, high, state);
     device::wgmma_wait<1>();
@@ -178,11 +186,10 @@ __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s,
       for (int e = 0; e < 4; ++e) sum[n][e] += acc[4 * n + e] + acc[8 + 4 * n + e];
     }
     put(step & 1);
-    device::count_up_if(done, step > 1 && leads);  // the step before it, whose states all have stored
+    store(step);
+    meet();
+    device::count_up_if(done, half == 0 && warp == 0 && lane == 0);
   }
-  store(steps);
-  device::named_sync(barrier, 256);
-  device::count_up_if(done, leads);
 }
 
 }  // namespace flashdelta::cuda::segment
