@@ -12,7 +12,9 @@ namespace flashdelta::cuda::device {
 // L2 policies: for data read or written once (records, v, o), and any other.
 constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ULL, kEvictNormally = 0x1000000000000000ULL;
 
-// Orders this thread's shared-memory writes before later asynchronous copies or wgmma that read them.
+// Orders this thread's shared-memory writes before later asynchronous copies or wgmma that read them, and its reads before copies that
+// write there. A barrier alone does not: an arrival may be seen while a load in front of it still waits behind other warps' stores, for
+// longer than a copy takes to come. (Not needed where what was read has been used, as by a wgmma that has been issued.)
 __device__ __forceinline__ void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The same for global memory: on the writer's side before it tells, and on the reader's side after it was told.

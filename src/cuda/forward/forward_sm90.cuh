@@ -120,6 +120,7 @@ __device__ __forceinline__ void step_through(const Arguments& a, const Shared& s
     __syncwarp();
     if (pair == 0) *v0 = static_cast<Element>(query * o0), *v1 = static_cast<Element>(query * o1);
   }
+  device::fence_shared_to_async();  // what was read is here
 }
 
 // The stages as a scan sees them.
@@ -134,6 +135,7 @@ struct ScanRing {
     device::barrier_wait(s.p_made[stage.at], stage.parity);
   }
   __device__ __forceinline__ void release() {
+    device::fence_shared_to_async();  // what was read is here
     device::barrier_arrive(s.released[stage.at]);
     stage.next();
   }
@@ -231,6 +233,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
       const uint32_t pieces[4] = {device::shared_address(s.k[stage.at]), device::shared_address(s.q[stage.at]),
                                   device::shared_address(s.v[first]), device::shared_address(s.v[v_stage.at])};
       read_pieces(S, pieces, work.staged, a.initial_state.rows, w, warp, lane);
+      device::fence_shared_to_async();  // what was read is here
       replaced(first), replaced(v_stage.at);
       device::barrier_arrive(s.released[stage.at]);
       stage.next(), v_stage.next();

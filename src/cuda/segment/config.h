@@ -18,10 +18,14 @@ constexpr float kHalf = 0.62F;
 // others are told.
 constexpr float kItem = 2.F, kPart = 2.5F;
 // Beginning and ending a scan; one step of it.
-constexpr float kScanItem = 2.F, kScanStep = 0.7F;
+constexpr float kScanItem = 2.F, kScanStep = 0.6F;
 
 // A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
 constexpr float kFirstShare = kStateOnly;
+
+// Chunks that a segment has more than its neighbour nearer to an end of the pair. The scan takes a step at a time, so what comes later in
+// it may be longer, by a step, as long as its parts are run; and what is told of later must be shorter.
+constexpr float kRise = kScanStep / kStateOnly;
 
 // Dependents of a pair up to which its scan counts as short.
 constexpr int kShortScan = 4;

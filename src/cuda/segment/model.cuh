@@ -11,10 +11,30 @@ __device__ __forceinline__ int segments_of(int chunks, float wanted) {
   return max(1, min(static_cast<int>(rounded_up(all, wanted, device::reciprocal(wanted))),
                     static_cast<int>(static_cast<unsigned>(chunks) / kShortest)));
 }
-// Chunks of each but the first, which has kFirstShare of them.
-__device__ __forceinline__ float segment_length(int chunks, int segments) {
-  return __fmul_rn(static_cast<float>(chunks), device::reciprocal(segments - 1 + kFirstShare));
-}
+// How a pair is cut: its first segment has kFirstShare * base chunks, the next one base, and so has the last; between them each has `slope`
+// more than the one beside it that is nearer to an end.
+struct Shape {
+  float base, slope;
+  int segments;
+
+  __device__ __forceinline__ Shape(int chunks, int n) : segments(n) {
+    const float all = static_cast<float>(chunks), flat = n - 1 + kFirstShare;  // of a flat cut: chunks / base
+    const int rise = (n - 2) * (n - 2) / 4;                                    // the sum of the steps up from base
+    slope = kRise;
+    if (all < kShortest * flat + slope * rise)
+      slope = rise == 0 ? 0.F : fmaxf(0.F, __fmul_rn(all - kShortest * flat, device::reciprocal(rise)));
+    base = __fmul_rn(all - slope * rise, device::reciprocal(flat));
+  }
+  __device__ __forceinline__ float first() const { return kFirstShare * base; }
+  __device__ __forceinline__ int steps_up() const { return max(0, (segments - 2) / 2); }
+  __device__ __forceinline__ float longest() const { return base + slope * steps_up(); }
+  // Where segment j > 0 begins.
+  __device__ __forceinline__ int begin(int j) const {
+    const int before = j - 1, behind = segments - j, top = (segments - 2) * (segments - 2) / 4;
+    const int rise = before <= behind ? before * (before - 1) / 2 : top - behind * (behind - 1) / 2;
+    return static_cast<int>(__fmaf_rn(slope, static_cast<float>(rise), __fmul_rn(before + kFirstShare, base)));
+  }
+};
 
 // The time of a call with exact pairs in up to `segments` parts, by kModelLanes neighbouring lanes. others: chunks, and what is like them,
 // that the machine has to do besides.
@@ -26,18 +46,24 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
       rounded_up(static_cast<float>(outline.longest), static_cast<float>(segments), device::reciprocal(static_cast<float>(segments)));
   unsigned counts = 0;  // boundaries, and in the upper half those that a scan makes
   int chains = 0, steps = 0;
-  float parts = 0.F, dependents = 0.F, dependent = 0.F, part = 0.F;  // chunks of all; of the longest dependent; the longest part
+  float parts = 0.F, dependents = 0.F, part = 0.F;  // chunks of all; the longest first part
+  float last[2] = {};  // what remains to be done when the longest scan has ended, of whole dependents and of halves
 #pragma unroll 1
   for (int r = lane; r < outline.runs; r += kModelLanes) {
     const int pairs = exact_in_run[r];
     if (pairs == 0) continue;
     const int chunks = s.run_chunks[r], n = segments_of(chunks, m.wanted), middle = max(0, n - 2);
-    const float length = segment_length(chunks, n), first = n > 1 ? kFirstShare * length : static_cast<float>(chunks);
+    const Shape shape(chunks, n);
+    const float first = n > 1 ? shape.first() : static_cast<float>(chunks), behind = static_cast<float>(chunks) - first;
     counts += pairs * (n - 1 + (middle << 16));
     if (middle > 0) chains += pairs;
     steps = max(steps, middle);
-    parts += pairs * (first + 2 * kStateOnly * middle * length), dependents += pairs * (n - 1) * length;
-    if (n > 1) dependent = fmaxf(dependent, length);
+    parts += pairs * (first + 2 * kStateOnly * (middle > 0 ? behind - shape.base : 0.F)), dependents += pairs * behind;
+#pragma unroll
+    for (int h = 0; h < 2 && n > 1; ++h) {
+      const float chunk = h == 0 ? 1.F : kHalf;
+      last[h] = fmaxf(last[h], fmaxf(chunk * shape.base, chunk * shape.longest() - kScanStep * shape.steps_up()));
+    }
     part = fmaxf(part, first + kItem);
   }
 #pragma unroll 1
@@ -45,7 +71,8 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     counts += __shfl_xor_sync(~0U, counts, o), chains += __shfl_xor_sync(~0U, chains, o);
     steps = max(steps, __shfl_xor_sync(~0U, steps, o));
     parts += __shfl_xor_sync(~0U, parts, o), dependents += __shfl_xor_sync(~0U, dependents, o);
-    dependent = fmaxf(dependent, __shfl_xor_sync(~0U, dependent, o)), part = fmaxf(part, __shfl_xor_sync(~0U, part, o));
+    last[0] = fmaxf(last[0], __shfl_xor_sync(~0U, last[0], o)), last[1] = fmaxf(last[1], __shfl_xor_sync(~0U, last[1], o));
+    part = fmaxf(part, __shfl_xor_sync(~0U, part, o));
   }
   const int middles = static_cast<int>(counts >> 16);
   m.boundaries = static_cast<int>(counts & 0xFFFF);
@@ -67,7 +94,9 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
   for (int copies = 1; copies <= 2 && m.boundaries <= a.most_boundaries; ++copies) {
     const float chunk = copies == 1 ? 1.F : kHalf, cost = copies * (chunk * dependents + kItem * m.boundaries);
     const float load = (m.costs[kParts] + m.costs[kScans] + cost + others) * reciprocal;
-    const float time = fmaxf(load, chain + waves(copies * m.boundaries) * (chunk * dependent + kItem));
+    const float waits =
+        (waves(copies * m.boundaries) - 1) * cost * device::reciprocal(fmaxf(1.F, static_cast<float>(copies * m.boundaries)));
+    const float time = fmaxf(load, chain + fmaxf(0.F, waits) + last[copies - 1] + kItem);
     if (time < m.time) m.time = time, m.items[kDependents] = copies * m.boundaries, m.costs[kDependents] = cost, m.halves = copies == 2;
   }
   return m;

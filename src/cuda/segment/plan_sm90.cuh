@@ -135,9 +135,8 @@ __device__ __forceinline__ Segment segment_at(const Shared& s, int k) {
   Segment x{};
   x.pair = s.pairs[s.exact[pair]];
   x.j = where >> 8 & 0xFF, x.count = where >> 16, x.boundary = k - pair - 1;
-  const float length = segment_length(x.pair.chunks, x.count);
-  const auto at = [&](int j) { return static_cast<int>(__fmul_rn(j - 1 + kFirstShare, length)); };
-  x.begin = x.first() ? 0 : at(x.j), x.end = x.last() ? x.pair.chunks : at(x.j + 1);
+  const Shape shape(x.pair.chunks, x.count);
+  x.begin = x.first() ? 0 : shape.begin(x.j), x.end = x.last() ? x.pair.chunks : shape.begin(x.j + 1);
   return x;
 }
 
