@@ -79,7 +79,6 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
   m.items[kParts] = exact + 2 * middles, m.items[kScans] = kScanBlocks * chains;
   m.costs[kParts] = parts + kItem * exact + 2 * kPart * middles;
   m.costs[kScans] = kScanBlocks * (kScanStep * middles + kScanItem * chains);
-  const auto waves = [&](int items) { return rounded_up(static_cast<float>(items), P, reciprocal); };
   // Multiprocessors that are free when the parts are done: pieces of the line, and whole pairs, take longer.
   const float free = others > 0.F ? fminf(P, static_cast<float>(m.items[kParts])) : P;
   float chain = 0.F;
@@ -87,16 +86,19 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     const float rounds = rounded_up(static_cast<float>(m.items[kScans]), free, device::reciprocal(free));
     chain += 1.F + rounds * (kScanItem + kScanStep * steps);
   }
-  if (exact > 0) chain += fmaxf(part, waves(m.items[kParts]) * m.costs[kParts] * device::reciprocal(static_cast<float>(m.items[kParts])));
+  // Items of several rounds follow one another; `count` of them cost `all`.
+  const auto before_last_round = [&](int count, float all) {
+    const float n = static_cast<float>(count);
+    return count == 0 ? 0.F : (rounded_up(n, P, reciprocal) - 1.F) * all * device::reciprocal(n);
+  };
+  chain += before_last_round(m.items[kParts], m.costs[kParts]) + part;
   // What waits for a scan ends a call. As halves it ends sooner, and takes more of the machine.
   m.time = 1e30F;
 #pragma unroll 1
   for (int copies = 1; copies <= 2 && m.boundaries <= a.most_boundaries; ++copies) {
     const float chunk = copies == 1 ? 1.F : kHalf, cost = copies * (chunk * dependents + kItem * m.boundaries);
     const float load = (m.costs[kParts] + m.costs[kScans] + cost + others) * reciprocal;
-    const float waits =
-        (waves(copies * m.boundaries) - 1) * cost * device::reciprocal(fmaxf(1.F, static_cast<float>(copies * m.boundaries)));
-    const float time = fmaxf(load, chain + fmaxf(0.F, waits) + last[copies - 1] + kItem);
+    const float time = fmaxf(load, chain + before_last_round(copies * m.boundaries, cost) + last[copies - 1] + kItem);
     if (time < m.time) m.time = time, m.items[kDependents] = copies * m.boundaries, m.costs[kDependents] = cost, m.halves = copies == 2;
   }
   return m;
