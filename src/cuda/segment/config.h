@@ -18,7 +18,7 @@ constexpr float kHalf = 0.62F;
 // others are told.
 constexpr float kItem = 2.F, kPart = 2.5F;
 // Beginning and ending a scan; one step of it.
-constexpr float kScanItem = 2.F, kScanStep = 0.6F;
+constexpr float kScanItem = 2.F, kScanStep = 0.7F;
 
 // A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
 constexpr float kFirstShare = kStateOnly;

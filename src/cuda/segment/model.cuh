@@ -17,10 +17,10 @@ struct Shape {
   float base, slope;
   int segments;
 
-  __device__ __forceinline__ Shape(int chunks, int n) : segments(n) {
+  __device__ __forceinline__ Shape(int chunks, int n, bool hill) : segments(n) {
     const float all = static_cast<float>(chunks), flat = n - 1 + kFirstShare;  // of a flat cut: chunks / base
     const int rise = (n - 2) * (n - 2) / 4;                                    // the sum of the steps up from base
-    slope = kRise;
+    slope = hill ? kRise : 0.F;
     if (all < kShortest * flat + slope * rise)
       slope = rise == 0 ? 0.F : fmaxf(0.F, __fmul_rn(all - kShortest * flat, device::reciprocal(rise)));
     base = __fmul_rn(all - slope * rise, device::reciprocal(flat));
@@ -53,7 +53,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     const int pairs = exact_in_run[r];
     if (pairs == 0) continue;
     const int chunks = s.run_chunks[r], n = segments_of(chunks, m.wanted), middle = max(0, n - 2);
-    const Shape shape(chunks, n);
+    const Shape shape(chunks, n, outline.hill);
     const float first = n > 1 ? shape.first() : static_cast<float>(chunks), behind = static_cast<float>(chunks) - first;
     counts += pairs * (n - 1 + (middle << 16));
     if (middle > 0) chains += pairs;
@@ -86,12 +86,13 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     const float rounds = rounded_up(static_cast<float>(m.items[kScans]), free, device::reciprocal(free));
     chain += 1.F + rounds * (kScanItem + kScanStep * steps);
   }
-  // Items of several rounds follow one another; `count` of them cost `all`.
+  // Items of several rounds follow one another; `count` of them cost `all`. The last round of a hill's parts ends in time for the scan.
+  const auto mean = [&](int count, float all) { return count == 0 ? 0.F : all * device::reciprocal(static_cast<float>(count)); };
   const auto before_last_round = [&](int count, float all) {
-    const float n = static_cast<float>(count);
-    return count == 0 ? 0.F : (rounded_up(n, P, reciprocal) - 1.F) * all * device::reciprocal(n);
+    return (rounded_up(fmaxf(1.F, static_cast<float>(count)), P, reciprocal) - 1.F) * mean(count, all);
   };
-  chain += before_last_round(m.items[kParts], m.costs[kParts]) + part;
+  const float parts_mean = mean(m.items[kParts], m.costs[kParts]);
+  chain += before_last_round(m.items[kParts], m.costs[kParts]) + (outline.hill ? part : fmaxf(part, parts_mean));
   // What waits for a scan ends a call. As halves it ends sooner, and takes more of the machine.
   m.time = 1e30F;
 #pragma unroll 1

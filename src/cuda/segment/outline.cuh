@@ -25,6 +25,7 @@ enum ModelItem { kParts, kScans, kDependents, kModelItems };
 struct Outline {
   int listed, runs, longest, longest_whole;  // listed: 0 where no plan could be worth it
   float whole, uncut;                        // chunks, and what beginning costs, of pairs that are not listed; time of a call without cuts
+  bool hill;                                 // middle segments are the longest
 };
 
 struct Shared {
@@ -163,6 +164,8 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
     s.pairs[i] = mine;
     s.rows[i] = a.forgotten + static_cast<std::int64_t>(mine.head) * forgotten_row(a.slots) + mine.slot;
   }
+  const float share = uncut_call.total * device::reciprocal(static_cast<float>(a.multiprocessors));
+  x.hill = share * share < static_cast<float>(x.longest);
   if (i == 0) s.outline = x;
   __syncthreads();
   return x.listed;

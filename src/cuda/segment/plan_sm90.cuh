@@ -135,7 +135,7 @@ __device__ __forceinline__ Segment segment_at(const Shared& s, int k) {
   Segment x{};
   x.pair = s.pairs[s.exact[pair]];
   x.j = where >> 8 & 0xFF, x.count = where >> 16, x.boundary = k - pair - 1;
-  const Shape shape(x.pair.chunks, x.count);
+  const Shape shape(x.pair.chunks, x.count, s.outline.hill);
   x.begin = x.first() ? 0 : shape.begin(x.j), x.end = x.last() ? x.pair.chunks : shape.begin(x.j + 1);
   return x;
 }
