@@ -80,6 +80,7 @@ __device__ __forceinline__ void store_state(const float (&S)[64], const States& 
 
 // A transition as the scan wants it (segment/scan_sm90.cuh): rows k; v and v + 8 of a column block share a register.
 __device__ __forceinline__ void store_transition(const float (&S)[64], uint32_t* to, int first_row, int lane) {
+  device::keep(lane);  // as in the scan
   to += segment::transition_offset(2 * (lane % 4), first_row / 2 + lane / 4);
 #pragma unroll
   for (int i = 0; i < 64; i += 8) {

@@ -36,6 +36,8 @@ constexpr float kNeverCut = 0.52F;
 // What a plan promises is worth this much: multiprocessors are never loaded quite alike, and the plan itself takes a while. Once it has
 // been made, what it must save is less.
 constexpr float kImbalance = 1.25F, kPlan = 7.F, kGain = 3.F;
+// The same of a hill: there is room for all items at once.
+constexpr float kHillImbalance = 1.1F;
 
 // Chunks (of value heads) from which on `prepare` takes about as long as a rehearsal of the plan.
 constexpr int kRehearseFrom = 4096;

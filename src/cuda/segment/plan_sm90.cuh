@@ -196,7 +196,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   }
   const Line line = sort_pairs(a, s, outline, pass);
   const Model& m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + outline.whole + P * line.cut);
-  if (kImbalance * m.time + kGain > outline.uncut) return outcome;
+  if ((outline.hill ? kHillImbalance : kImbalance) * m.time + kGain > outline.uncut) return outcome;
 
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
   const int segments = line.exact + m.boundaries, each = (segments + kThreads - 1) / kThreads;

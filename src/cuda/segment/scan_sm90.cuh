@@ -115,6 +115,8 @@ __device__ __forceinline__ void multiply_state(float (&acc)[16], const uint4 (&p
 template <class Ring>
 __device__ __forceinline__ void scan_boundaries(const Plan& plan, ScanShared& s, const Item& item, Ring& ring, int barrier, int& done,
                                                 int half, int warp, int lane) {
+  // What follows from it would be made, and spilled, before the first item.
+  device::keep(lane);
   const int g = lane / 4, t = lane % 4, row = 16 * warp + g, pair = 8 * (4 * half + warp) + g;  // row: within the half
   const int place = boundary_offset(row, 2 * t), steps = item.scan_steps;
   float* states = plan.states + static_cast<std::int64_t>(item.from_boundary) * kHead * kHead + item.first * (kBlockBytes / 4) +
