@@ -86,6 +86,13 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
+// Instructions that keep others apart.
+template <int N>
+__device__ __forceinline__ void filler() {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("nanosleep.u32 1;");
+}
+
 // Programmatic dependent launch: the next kernel may take free multiprocessors from now on; the previous kernel's memory is visible.
 __device__ __forceinline__ void allow_dependent_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -123,6 +123,8 @@ __device__ __forceinline__ void step_through(const Arguments& a, const Shared& s
   device::fence_shared_to_async();  // what was read is here
 }
 
+constexpr int kMostSteps = 1 << 28;  // more than any scan has
+
 // The stages as a scan sees them.
 struct ScanRing {
   Shared& s;
@@ -214,6 +216,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
     const int chunks = item.chunks;
     if (chunks < 0) break;
     if (item.scan_steps > 0) {
+      if (item.scan_steps > kMostSteps) device::filler<kFiller>();
       ScanRing ring{s, stage};
       segment::scan_boundaries(a.plan, s.scan, item, ring, kScanBarrier, s.scanned, w, warp, lane);
       continue;
