@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 _SELF = Path(__file__).resolve()
@@ -83,15 +83,16 @@ def first_calls(names: Iterable[str], heads: str, lengths: str) -> dict[str, dic
     return results
 
 
-def compile_all(jobs: Iterable[tuple[str, str, list[str]]], workers: int) -> list[tuple[str, str, dict]]:
-    """Runs (library, head layout, lengths) in so many processes at once; returns (library, head layout, times or error) of each.
+def compile_all(jobs: Iterable[tuple[str, str, list[str]]], workers: int) -> Iterator[tuple[str, str, dict]]:
+    """Runs (library, head layout, lengths) in so many processes at once; yields (library, head layout, times or error) of each as it ends.
 
     FLA times its variants while others use the GPU, so its choice is not kept.
     """
     environment = {**os.environ, "FLA_CACHE_RESULTS": "0"}
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        running = [(name, heads, pool.submit(_spawn, [name, heads, *lengths], environment)) for name, heads, lengths in jobs]
-        return [(name, heads, future.result()) for name, heads, future in running]
+        running = {pool.submit(_spawn, [name, heads, *lengths], environment): (name, heads) for name, heads, lengths in jobs}
+        for future in as_completed(running):
+            yield *running[future], future.result()
 
 
 if __name__ == "__main__":

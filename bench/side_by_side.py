@@ -271,8 +271,8 @@ def _compile(run: Run) -> None:
     start = time.perf_counter()
     print(f"compiling: {len(jobs)} processes, {min(workers, len(jobs))} at a time", flush=True)
     for name, heads, result in first_call.compile_all(jobs, workers):
-        if "error" in result:
-            print(f"  {reporting.LABELS[name]}, {heads}: {result['error']}", flush=True)
+        outcome = result.get("error", f"after {time.perf_counter() - start:.0f} s")
+        print(f"  {reporting.LABELS[name]}, {heads}: {outcome}", flush=True)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
