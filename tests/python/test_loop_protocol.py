@@ -78,6 +78,10 @@ class Item:
     def stages_before(self) -> int:
         return 1 if self.staged else 2 * self.scan
 
+    def tiles(self, i: int) -> int:
+        """Tiles of v that come beside its i-th stage."""
+        return int(self.values) if i >= self.stages_before else 2 * self.staged
+
     def takes_part(self, half: int) -> bool:
         return bool(self.consumers >> half & 1)
 
@@ -234,7 +238,7 @@ class Block:
                     assert item.rehearsal or self.stage[stage.at] == (item.number, "chunk", chunk)
                     self.normed[stage.at].arrive()
                     yield
-                for _ in range((1 if item.values else 0) if chunk >= 0 else 2 if item.staged else 0):
+                for _ in range(item.tiles(i)):
                     yield from self.v_loaded[v_stage.at].wait(v_stage.parity)
                     v_stage.next()
                 if chunk < 0:
@@ -271,6 +275,10 @@ class Block:
             self.done(works)
             yield
 
+    def _wait_for(self, stage: Place) -> Steps:
+        yield from self.made[stage.at].wait(stage.parity)
+        yield from self.p_made[stage.at].wait(stage.parity)
+
     def _release(self, stage: Place) -> Steps:
         self.released[stage.at].arrive()
         stage.next()
@@ -278,8 +286,7 @@ class Block:
 
     def _scan(self, item: Item, warp: int, stage: Place) -> Steps:
         def load_part(part: str, step: int) -> Steps:
-            yield from self.made[stage.at].wait(stage.parity)
-            yield from self.p_made[stage.at].wait(stage.parity)
+            yield from self._wait_for(stage)
             yield from self.pause(3)
             assert self.stage[stage.at] == (item.number, part, step)
             yield from self._release(stage)
@@ -304,7 +311,7 @@ class Block:
     def _let_pass(self, item: Item, stage: Place, v_stage: Place) -> Steps:
         for i in range(item.stages_before + item.chunks):
             yield from self.made[stage.at].wait(stage.parity)
-            for _ in range(2 if i < item.stages_before else int(item.values)):
+            for _ in range(item.tiles(i)):
                 yield from self.v_loaded[v_stage.at].wait(v_stage.parity)
                 self.v_replaced[v_stage.at].arrive()
                 v_stage.next()
@@ -313,8 +320,7 @@ class Block:
 
     def _read_pieces(self, item: Item, half: int, stage: Place, v_stage: Place) -> Steps:
         tiles = []
-        yield from self.made[stage.at].wait(stage.parity)
-        yield from self.p_made[stage.at].wait(stage.parity)
+        yield from self._wait_for(stage)
         for _ in range(2):
             yield from self.v_loaded[v_stage.at].wait(v_stage.parity)
             tiles.append(v_stage.at)
