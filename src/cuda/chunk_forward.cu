@@ -57,9 +57,8 @@ segment::Mode mode_of(const Problem& p) {
 // A call that is planned by cost, uncut, where its lengths are known here and tell that no cut is worth it.
 std::optional<segment::Uncut> told_uncut(const Problem& p, int multiprocessors) {
   if (p.cu_seqlens != nullptr || p.segment_counts.data != nullptr) return std::nullopt;
-  const int chunks = static_cast<int>((p.T + kChunk - 1) / kChunk);
-  const segment::Lengths lengths{chunks, chunks, static_cast<unsigned>(p.N * chunks)};
-  const segment::Uncut uncut = segment::uncut(lengths, static_cast<int>(p.N), static_cast<int>(p.HV), multiprocessors);
+  const int N = static_cast<int>(p.N), chunks = static_cast<int>((p.T + kChunk - 1) / kChunk);
+  const segment::Uncut uncut = segment::uncut(segment::all_alike(N, chunks), N, static_cast<int>(p.HV), multiprocessors);
   return uncut.worth_cutting ? std::nullopt : std::optional(uncut);
 }
 

@@ -83,6 +83,23 @@ TEST_F(CudaSegmentBits, AreTheSameInPlace) {
   }
 }
 
+// The same with segments of one chunk, in a call that is small enough for racecheck.
+TEST_F(CudaSegmentBits, OfOneChunkAreTheSameInPlace) {
+  LongCase c{.name = "OneChunk", .gates = Gates::minus_5};
+  for (int n = 0; n <= 12; ++n) c.cu_seqlens.push_back(128 * n);
+  c.T = c.cu_seqlens.back();
+  LongCall apart(c);
+  c.in_place = true;
+  LongCall in_place(c);
+  for (const Cut& cut : {Cut{kAuto, 2}, Cut{kExact, 2}}) {
+    apart.set_cut(cut), in_place.set_cut(cut);
+    ASSERT_NO_FATAL_FAILURE(apart.run()) << text(cut);
+    const Results expected(apart);
+    ASSERT_NO_FATAL_FAILURE(in_place.run());
+    expected.expect_same_bits(in_place, "in place, " + text(cut));
+  }
+}
+
 // --- isolation
 
 const LongCase kPack{.name = "Pack", .T = 7200, .H = 2, .HV = 4, .cu_seqlens = {50, 2000, 4500, 4500, 7100}};

@@ -92,7 +92,7 @@ class Block:
 
     items: list[Item]
     random: random.Random
-    rehearsals: int
+    rehearsals: int  # 0 or 1; another one, of the thread that loads keys, is an item without values like others
     copies: list[Steps] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Block:
         self.scanned = self.announced = 0
         self.scan_warps: dict[tuple[int, int], int] = {}  # that have written a step's state
         for i in range(self.rehearsals):
-            self.work[i] = Item(-1, chunks=1, warm=i, rehearsal=True)
+            self.work[i] = Item(-1, chunks=1, rehearsal=True)
             self.item_full[i].arrive()
             self.loaded[i].arrive()
 
@@ -397,4 +397,4 @@ def random_items(source: random.Random) -> list[Item]:
 @pytest.mark.parametrize("seed", range(40))
 def test_everyone_finds_what_he_came_for(seed: int) -> None:
     source = random.Random(seed)
-    Block(random_items(source), source, rehearsals=source.randrange(3)).run()
+    Block(random_items(source), source, rehearsals=source.randrange(2)).run()

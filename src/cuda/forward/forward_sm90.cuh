@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     s.scanned = 0, s.announced = 0;
     device::barrier_init_fence();
-    if (rehearses(a)) rehearse(s, 0, true);
+    if (rehearses(a)) rehearse(s);
     device::prefetch_map(&map_q), device::prefetch_map(&map_k), device::prefetch_map(&map_v), device::prefetch_map(&map_o);
     if (a.initial_staged) device::prefetch_map(&map_state);
   }

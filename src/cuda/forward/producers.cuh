@@ -24,6 +24,9 @@ struct Claims {
   __device__ __forceinline__ explicit Claims(const Arguments& a)
       : plan(PlanHeader::of(0, kAllWhole, a.halves)),
         drawn(a.plan.header == nullptr ? static_cast<int>(blockIdx.x) : atomicAdd(a.counter, 1)) {}
+  __device__ __forceinline__ void wait_for_plan(const Arguments& a) {
+    if (!plan.ready()) plan = segment::wait_for_header(a.plan.header);
+  }
   // Where pairs are cut, L2 has states at boundaries to keep; else the value heads of a key head read its queries one soon after another.
   __device__ __forceinline__ std::uint64_t query_policy() const {
     return plan.tickets() > 0 ? device::kEvictFirst : device::kEvictNormally;
@@ -33,14 +36,15 @@ struct Claims {
     drawn = -1;
     return mine >= 0 ? mine : atomicAdd(a.counter, 1) + (a.plan.header == nullptr ? static_cast<int>(gridDim.x) : 0);
   }
-  __device__ __forceinline__ void next(const Arguments& a, Work& to) {
+  // rehearsing: before there is a plan, the first chunk of all, for the state alone, which no one keeps.
+  __device__ __forceinline__ void next(const Arguments& a, Work& to, bool rehearsing) {
     int index = more, sequence, head, consumers = kBothConsumers;
     Sequences::Span span;
     more = -1;
 #pragma unroll 1
     for (;;) {
       if (index < 0) {
-        const int mine = ticket(a);
+        const int mine = rehearsing ? 0 : ticket(a);
         if (mine < plan.tickets()) {
           index = mine;
         } else {
@@ -59,6 +63,10 @@ struct Claims {
       span = a.sequences.span(sequence);
       if (index >= 0) break;
       to.item = {sequence, head, 0, 0, span.chunks(), From::start, To::final_state, 0, 0, 0, -1, 0, consumers};
+      if (rehearsing) {
+        to.item.chunks = to.item.warm = 1, to.item.from = From::identity, to.item.to = To::nowhere, span.length = kChunk;
+        break;
+      }
       if (to.item.chunks <= plan.longest_whole()) break;  // else it is in the items
     }
     to.staged = to.item.scan_steps > 0                            ? Staged::no
@@ -73,11 +81,11 @@ struct Claims {
 // their instructions at hand when there is work: they come from far, and the first chunk would take three times as long as the next.
 // Nothing is loaded (the records' tails are zero, and whatever else lies there will do) and nothing is stored. By one thread.
 __device__ __forceinline__ bool rehearses(const Arguments& a) { return a.saved_states.data == nullptr; }  // it would store one
-__device__ __forceinline__ void rehearse(Shared& s, int number, bool full) {
-  Work& work = s.work[number];
-  work.item = {kNoSequence, 0, 0, full ? 0 : 1, 1, From::zero, To::nowhere, 0, 0, 0, -1, 0, kBothConsumers};
+__device__ __forceinline__ void rehearse(Shared& s) {
+  Work& work = s.work[0];
+  work.item = {kNoSequence, 0, 0, 0, 1, From::zero, To::nowhere, 0, 0, 0, -1, 0, kBothConsumers};
   work.staged = Staged::no;  // where its sequence lies no one asks
-  device::barrier_arrive(s.item_full[number]), device::barrier_arrive(s.loaded[number]);
+  device::barrier_arrive(s.item_full[0]), device::barrier_arrive(s.loaded[0]);
 }
 
 // A boundary's state may be read by copies from here on.
@@ -147,19 +155,16 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
   Claims claims(a);
   const int bytes = record_bytes(a.l2norm), record_step = a.HV * bytes;
   int at = rehearses(a) ? 1 : 0;  // items and stages so far
-  if (a.plan.header != nullptr) {
-    claims.plan = segment::look_at_header(a.plan.header);
-    if (!claims.plan.ready()) {
-      if (at > 0) rehearse(s, at++, false);
-      claims.plan = segment::wait_for_header(a.plan.header);
-    }
-  }
+  if (a.plan.header != nullptr) claims.plan = segment::look_at_header(a.plan.header);
+  // Where it has to wait for the plan, this thread rehearses too: it claims an item and loads its keys, but not a record, of which there
+  // may be none yet.
+  bool rehearsing = !claims.plan.ready() && at > 0 && a.sequences.T > 0;
   Place<kWorkRing> ring{at};
   Place<kStages> stage{at};
   // Everything once in the code: it comes from far, and each line of it is waited for the first time that it runs.
   int sequence = 0, key_head = 0, row = 0, token = 0, warm = 0, tail = -1, c = 0, stop = 0, chunks = 0;
   const unsigned char* record = nullptr;
-  bool claimed = false, waited = false;
+  bool claimed = false, waited = false, rehearsed = false;
 #pragma unroll 1
   for (;;) {
 #pragma unroll 1
@@ -172,22 +177,26 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       }
       Barrier& loaded = s.loaded[stage.at];
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
-      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + bytes);
+      device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + (rehearsing ? 0 : bytes));
       device::load_box(s.k[stage.at], k, loaded, 0, key_head, token, row);
       if (c >= warm) device::load_box(s.q[stage.at], q, loaded, 0, key_head, token, row, claims.query_policy());
       token += kChunk;
-      if (!waited) device::wait_for_previous_launch(), waited = true;  // for the records
-      unsigned char* t = s.t[stage.at].panels;
-      device::load_bytes(t, record, panel_offset(1), loaded);
-      device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
-      device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
-      record += record_step;
+      if (!rehearsing) {
+        if (!waited) device::wait_for_previous_launch(), waited = true;  // for the records
+        unsigned char* t = s.t[stage.at].panels;
+        device::load_bytes(t, record, panel_offset(1), loaded);
+        device::load_bytes(t + staged_panel(1) + 512, record + panel_offset(1), panel_offset(3) - panel_offset(1), loaded);
+        device::load_bytes(t + staged_panel(3) + 48 * 32, record + panel_offset(3), bytes - panel_offset(3), loaded);
+        record += record_step;
+      }
       stage.next();
     }
     if (!claimed) {
       Work& to = s.work[ring.at];
       device::barrier_wait(s.item_empty[ring.at], ring.parity ^ 1);
-      claims.next(a, to);
+      if (rehearsed || !rehearsing) rehearsing = false, claims.wait_for_plan(a);
+      claims.next(a, to, rehearsing);
+      rehearsed = true;
       device::barrier_arrive(s.item_full[ring.at]);
       ring.next();
       claimed = true, stop = chunks;

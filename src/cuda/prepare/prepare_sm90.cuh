@@ -108,14 +108,19 @@ static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtenso
   }
 }
 
-// Whether the chunk loop has to wait for the plan. One warp.
-static __device__ __noinline__ void tell_of_plan(const Arguments& a, int lane) {
-  if (a.may_leave_uncut && a.sequences.N <= kMostTold) {
-    segment::hand_out_uncut(a.plan, a.sequences, a.H * a.group, a.multiprocessors, lane);
-  } else if (lane == 0) {
-    *a.plan = PlanHeader::not_ready();
+// A CTA without items, where there is to be a plan. What comes behind this launch may come as soon as the plan is marked as not ready: all
+// of it waits for the last CTA that has not allowed it. Whether there is anything to plan is told when lengths are here.
+static __device__ __noinline__ void tell_of_plan(const Arguments& a, int tid) {
+  if (tid == 0) {
+    *a.plan = PlanHeader::not_ready(), *a.counter = 0;
+    __threadfence();
   }
-  __threadfence();
+  __syncthreads();
+  device::allow_dependent_launch();
+  if (tid < 32 && a.may_leave_uncut && a.sequences.N <= kMostTold) {
+    segment::hand_out_uncut(a.plan, a.sequences, a.H * a.group, a.multiprocessors, tid);
+  }
+  if (a.bounds != nullptr) clear_bounds_of_no_chunk(a);
 }
 
 // Split: T itself is wanted, for a backward.
@@ -129,8 +134,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
   Shared<W, Split>& s = *reinterpret_cast<Shared<W, Split>*>(raw);
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
   if (static_cast<int>(blockIdx.x) == workers(a)) {
-    if (warp == 0) tell_of_plan(a, lane);
-    if (tid == 0) *a.counter = 0, __threadfence();
+    tell_of_plan(a, tid);
     return;
   }
   auto& derived = s.derived;
@@ -146,22 +150,22 @@ __global__ void __maxnreg__(most_registers(W, Split))
     device::barrier_init_fence();
     if (a.plan == nullptr && blockIdx.x == 0) *a.counter = 0, __threadfence();
   }
+  const int covered = a.sequences.covered();  // asked for before the keys, behind which offsets would queue
   if (warp == 0) find_places(a, s.place, 0, blockIdx.x, lane);
   __syncthreads();
   constexpr bool kEarly = W <= 2;  // an item ahead, where there are registers
   Given<W> given;
   given.load(a, s.place[0], 0, tid);  // in front of the keys, behind which they would queue
-  if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   const int number = blockIdx.x * W + warp;
   if (a.bounded_maps != nullptr && number < a.sequences.N) {
     bound_maps(a, map_q, map_k, map_v, map_o, number, workers(a) * W, s.scratch(warp), lane);
   }
-  if (a.sequences.covered() < a.sequences.T) zero_rows_of_no_sequence(a);  // a call waits for the gates
-  if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
+  if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   // Not sooner: what runs then takes instructions and memory from the first items.
   device::allow_dependent_launch();
+  if (covered < a.sequences.T) zero_rows_of_no_sequence(a);  // a call waits for the gates
+  if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
 
-  if (a.bounds != nullptr && blockIdx.x <= a.sequences.N) clear_bounds_of_no_chunk(a);
   // n: the item's number, modulo kPlaces, which is even. In shared memory: spilled, it would be read behind gates that are on their way.
   int* const turn = &s.turn[warp];
   if (lane == 0) *turn = 0;

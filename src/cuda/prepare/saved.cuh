@@ -60,16 +60,22 @@ static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a)
 }
 
 // Bytes that no chunk of this call has, between those that chunks have: the plan reads words of them, though it lets none count.
+// By a CTA that has no items: waiting for offsets, behind all keys on their way, one that has some would be the last to end.
 static __device__ __noinline__ void clear_bounds_of_no_chunk(const Arguments& a) {
-  const int row = static_cast<int>(forgotten_row(a.slots));
-  for (int n = static_cast<int>(blockIdx.x) - 1; n < a.sequences.N; n += workers(a)) {
-    const int from = n < 0 ? 0 : a.sequences.span(n).slot + a.sequences.span(n).chunks();
-    const int until = n + 1 < a.sequences.N ? a.sequences.slot(n + 1) : row;
-    for (int e = threadIdx.x; e < (until - from) * a.H * a.group; e += blockDim.x) {
-      a.bounds[static_cast<std::int64_t>(e / (until - from)) * row + from + e % (until - from)] = 0;
+  const int row = forgotten_row(a.slots);
+  const auto heads = static_cast<unsigned>(a.H * a.group);
+  const std::int64_t runs = (static_cast<std::int64_t>(a.sequences.N) + 1) * heads;
+  for (std::int64_t i = threadIdx.x; i < runs; i += blockDim.x) {  // behind sequence n, of a value head
+    const auto before = static_cast<int>(i / heads), head = static_cast<int>(i % heads), n = before - 1;
+    const int until = before < a.sequences.N ? a.sequences.slot(before) : row;
+    int at = 0;
+    if (n >= 0) {
+      const Sequences::Span span = a.sequences.span(n);
+      at = span.slot + span.chunks();
     }
-    if (n < 0 && threadIdx.x < kForgottenGroup) a.bounds[static_cast<int>(threadIdx.x) - kForgottenGroup] = 0;  // in front of the first row
+    for (; at < until; ++at) a.bounds[static_cast<std::int64_t>(head) * row + at] = 0;
   }
+  if (threadIdx.x < kForgottenGroup) a.bounds[static_cast<int>(threadIdx.x) - kForgottenGroup] = 0;  // in front of the first row
 }
 
 // Rows of saved_c and saved_T of tokens in no sequence, and saved states of no chunk: they come out as zero, as everything that is wanted

@@ -19,19 +19,21 @@ struct Shape {
 
   __device__ __forceinline__ Shape(int chunks, int n, bool hill) : segments(n) {
     const float all = static_cast<float>(chunks), flat = n - 1 + kFirstShare;  // of a flat cut: chunks / base
-    const int rise = (n - 2) * (n - 2) / 4;                                    // the sum of the steps up from base
+    const int rise = all_rise();
     slope = hill ? kRise : 0.F;
     if (all < kShortest * flat + slope * rise)
       slope = rise == 0 ? 0.F : fmaxf(0.F, __fmul_rn(all - kShortest * flat, device::reciprocal(rise)));
     base = __fmul_rn(all - slope * rise, device::reciprocal(flat));
   }
+  // The sum of all segments' steps up from base.
+  __device__ __forceinline__ int all_rise() const { return (segments - 2) * (segments - 2) / 4; }
   __device__ __forceinline__ float first() const { return kFirstShare * base; }
   __device__ __forceinline__ int steps_up() const { return max(0, (segments - 2) / 2); }
   __device__ __forceinline__ float longest() const { return base + slope * steps_up(); }
   // Where segment j > 0 begins.
   __device__ __forceinline__ int begin(int j) const {
-    const int before = j - 1, behind = segments - j, top = (segments - 2) * (segments - 2) / 4;
-    const int rise = before <= behind ? before * (before - 1) / 2 : top - behind * (behind - 1) / 2;
+    const int before = j - 1, behind = segments - j;
+    const int rise = before <= behind ? before * (before - 1) / 2 : all_rise() - behind * (behind - 1) / 2;
     return static_cast<int>(__fmaf_rn(slope, static_cast<float>(rise), __fmul_rn(before + kFirstShare, base)));
   }
 };
@@ -47,7 +49,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
   unsigned counts = 0;  // boundaries, and in the upper half those that a scan makes
   int chains = 0, steps = 0;
   float parts = 0.F, dependents = 0.F, part = 0.F;  // chunks of all; the longest first part
-  float last[2] = {};  // what remains to be done when the longest scan has ended, of whole dependents and of halves
+  float last = 0.F, last_half = 0.F;  // what remains to be done when the longest scan has ended, of whole dependents and of halves
 #pragma unroll 1
   for (int r = lane; r < outline.runs; r += kModelLanes) {
     const int pairs = exact_in_run[r];
@@ -59,11 +61,10 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     if (middle > 0) chains += pairs;
     steps = max(steps, middle);
     parts += pairs * (first + 2 * kStateOnly * (middle > 0 ? behind - shape.base : 0.F)), dependents += pairs * behind;
-#pragma unroll
-    for (int h = 0; h < 2 && n > 1; ++h) {
-      const float chunk = h == 0 ? 1.F : kHalf;
-      last[h] = fmaxf(last[h], fmaxf(chunk * shape.base, chunk * shape.longest() - kScanStep * shape.steps_up()));
-    }
+    const auto left = [&](float chunk) {
+      return n > 1 ? fmaxf(chunk * shape.base, chunk * shape.longest() - kScanStep * shape.steps_up()) : 0.F;
+    };
+    last = fmaxf(last, left(1.F)), last_half = fmaxf(last_half, left(kHalf));
     part = fmaxf(part, first + kItem);
   }
 #pragma unroll 1
@@ -71,7 +72,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     counts += __shfl_xor_sync(~0U, counts, o), chains += __shfl_xor_sync(~0U, chains, o);
     steps = max(steps, __shfl_xor_sync(~0U, steps, o));
     parts += __shfl_xor_sync(~0U, parts, o), dependents += __shfl_xor_sync(~0U, dependents, o);
-    last[0] = fmaxf(last[0], __shfl_xor_sync(~0U, last[0], o)), last[1] = fmaxf(last[1], __shfl_xor_sync(~0U, last[1], o));
+    last = fmaxf(last, __shfl_xor_sync(~0U, last, o)), last_half = fmaxf(last_half, __shfl_xor_sync(~0U, last_half, o));
     part = fmaxf(part, __shfl_xor_sync(~0U, part, o));
   }
   const int middles = static_cast<int>(counts >> 16);
@@ -99,7 +100,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
   for (int copies = 1; copies <= 2 && m.boundaries <= a.most_boundaries; ++copies) {
     const float chunk = copies == 1 ? 1.F : kHalf, cost = copies * (chunk * dependents + kItem * m.boundaries);
     const float load = (m.costs[kParts] + m.costs[kScans] + cost + others) * reciprocal;
-    const float time = fmaxf(load, chain + before_last_round(copies * m.boundaries, cost) + last[copies - 1] + kItem);
+    const float time = fmaxf(load, chain + before_last_round(copies * m.boundaries, cost) + (copies == 1 ? last : last_half) + kItem);
     if (time < m.time) m.time = time, m.items[kDependents] = copies * m.boundaries, m.costs[kDependents] = cost, m.halves = copies == 2;
   }
   return m;

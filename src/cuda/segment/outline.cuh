@@ -141,7 +141,7 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
   static_assert(sizeof(s.fails) == kThreads * sizeof(int) && kMostListed == kThreads);
 
   const int row = (a.sequences.T + kChunk - 1) / kChunk;  // of a call that is not packed
-  const Lengths lengths = packed ? measure(a, s) : Lengths{row, row, static_cast<unsigned>(a.sequences.N) * row};
+  const Lengths lengths = packed ? measure(a, s) : all_alike(a.sequences.N, row);
   const Uncut uncut_call = uncut(lengths, a.sequences.N, a.HV, a.multiprocessors);
   x.longest = lengths.longest, x.longest_whole = uncut_call.longest_whole, x.uncut = uncut_call.time;
   halves = uncut_call.halves;
@@ -164,8 +164,7 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
     s.pairs[i] = mine;
     s.rows[i] = a.forgotten + static_cast<std::int64_t>(mine.head) * forgotten_row(a.slots) + mine.slot;
   }
-  const float share = uncut_call.total * device::reciprocal(static_cast<float>(a.multiprocessors));
-  x.hill = share * share < static_cast<float>(x.longest);
+  x.hill = uncut_call.share * uncut_call.share < static_cast<float>(x.longest);
   if (i == 0) s.outline = x;
   __syncthreads();
   return x.listed;

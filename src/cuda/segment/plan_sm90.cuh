@@ -2,8 +2,8 @@
 // why, README.md how.
 //
 // Warm pairs (gates forget within a few chunks wherever one cuts) form one line, cut where the multiprocessors' loads are equal. The
-// others are cut in equal segments: each needs the state at its start, which the scan makes from the transitions and local states of
-// the segments before. Tickets are taken in order and wait only for lower ones, so a call makes progress on any number of free
+// others are cut in segments, equal ones or hills: each needs the state at its start, which the scan makes from the transitions and local
+// states of the segments before. Tickets are taken in order and wait only for lower ones, so a call makes progress on any number of free
 // multiprocessors.
 //
 // It runs once, from instructions that no cache holds, with the machine waiting: loops are not unrolled and few things are done twice.

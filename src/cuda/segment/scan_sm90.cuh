@@ -1,11 +1,12 @@
-// The scan over segment boundaries: S at the next boundary = transition * S + local state, for 16 value columns, by both consumers.
+// The scan over segment boundaries: S at the next boundary = transition * S + local state, for 16 value columns, by both consumers: rows
+// 0..63 are the first one's, 64..127 the second's.
 //
-// Products are of pairs of bf16 numbers (x = high + low; high high + high low + low high): 2^-16 of error, against 2^-9 of the transitions
+// Products are of pairs of bf16 numbers (x = high + low, all four products of parts): 2^-16 of error, against 2^-9 of the transitions
 // themselves. Sums run over the state's rows in any order, so rows r and r + 8 of every sixteen share a register: what a product leaves
 // in a thread is then, packed, what the next product wants, and a transition's registers pack without a shuffle.
 //
-// A step needs 64 KB of transition, which threads would wait for 2 us. So it comes through the chunk loop's stages, half a transition a
-// stage: rows 0..63 for the first consumer, 64..127 for the second; and from there into registers a step ahead.
+// A step needs 64 KB of transition, which threads would wait for 2 us. So it comes through the chunk loop's stages: its low parts in one,
+// its high parts and the local state in the next; each from there into registers while the products of the other run.
 #pragma once
 
 #include "cuda/device/copy.cuh"
@@ -25,6 +26,8 @@ struct ScanShared {
   alignas(1024) unsigned char state[2][2][kScanTile];  // in turn
 };
 
+// Orders what this thread has seen, or written, before what others see of its later writes.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_count(const std::int32_t* count, int wanted) {
   int now = 0;
   for (;;) {
@@ -49,14 +52,12 @@ __device__ __forceinline__ int wait_for_counts(const std::int32_t* counts, int c
       if (there == i && now[i] >= wanted) ++there;
     }
     if (there > 0) {
-      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      fence_device();
       return there;
     }
     __nanosleep(40);
   }
 }
-// Orders what this thread has seen, or written, before what others see of its later writes.
-__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void add_behind_fence(std::int32_t* count) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
 }

@@ -23,6 +23,10 @@ struct Lengths {
   }
 };
 constexpr Lengths kNoLengths{0, 1 << 30, 0};
+// Of a call whose sequences all have as many chunks.
+__host__ __device__ __forceinline__ Lengths all_alike(int sequences, int chunks) {
+  return {chunks, chunks, static_cast<unsigned>(sequences) * static_cast<unsigned>(chunks)};
+}
 
 // items / per, rounded up, with the reciprocal of per. Not a division: half an item is more than what the product errs by.
 __host__ __device__ __forceinline__ float rounded_up(float items, float per, float reciprocal) {
@@ -32,6 +36,7 @@ __host__ __device__ __forceinline__ float rounded_up(float items, float per, flo
 // Times in chunks.
 struct Uncut {
   float time, total;   // of the call; of all its chunks one after another
+  float share;         // of a multiprocessor
   int longest_whole;   // pairs of at most as many chunks are never cut
   bool halves;         // pairs are best taken as two halves
   bool worth_cutting;  // at best
@@ -40,31 +45,27 @@ __host__ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, i
   const float P = static_cast<float>(multiprocessors), reciprocal = device::reciprocal(P), pairs = static_cast<float>(N) * HV;
   Uncut x;
   x.total = static_cast<float>(lengths.sum) * HV;
-  const float share = x.total * reciprocal, begins = kItem * pairs * reciprocal;
+  x.share = x.total * reciprocal;
+  const float begins = kItem * pairs * reciprocal;
   const auto time = [&](float chunk, float copies) {
     const float longest = chunk * lengths.longest;
     return lengths.longest == lengths.shortest ? rounded_up(copies * pairs, P, reciprocal) * (longest + kItem)
-                                               : fmaxf(longest + kItem, copies * (chunk * share + begins) + 0.5F * longest);
+                                               : fmaxf(longest + kItem, copies * (chunk * x.share + begins) + 0.5F * longest);
   };
   const float whole = time(1.F, 1.F), as_halves = time(kHalf, 2.F);
   x.halves = as_halves < whole, x.time = fminf(whole, as_halves);
-  x.longest_whole = max(static_cast<int>(share * kNeverCut), 2 * kShortest - 1);
-  x.worth_cutting = lengths.longest > x.longest_whole && kImbalance * (share + begins) + kPlan <= x.time;
+  x.longest_whole = max(static_cast<int>(x.share * kNeverCut), 2 * kShortest - 1);
+  x.worth_cutting = lengths.longest > x.longest_whole && kImbalance * (x.share + begins) + kPlan <= x.time;
   return x;
 }
 
-// Lets the loop begin without a plan where no cut could be worth it, and else wait for one. One warp.
+// Lets the loop begin without a plan where no cut could be worth it. One warp.
 __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequences& sequences, int HV, int multiprocessors, int lane) {
   Lengths mine = kNoLengths;
 #pragma unroll 1
   for (int n = lane; n < sequences.N; n += 32) mine.add(sequences.span(n).chunks());
   const Uncut x = uncut(mine.together(), sequences.N, HV, multiprocessors);
-  if (lane != 0) return;
-  if (x.worth_cutting) {
-    *header = PlanHeader::not_ready();
-  } else {
-    hand_out(header, PlanHeader::of(0, kAllWhole, x.halves));
-  }
+  if (lane == 0 && !x.worth_cutting) hand_out(header, PlanHeader::of(0, kAllWhole, x.halves));
 }
 
 }  // namespace flashdelta::cuda::segment
