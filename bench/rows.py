@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 WIDTH = 128  # K = V of every model that uses the operation
 CHUNK = 64  # tokens; what a chunk-head counts, whatever a library's own chunk is
+_MAX_SETS = 24
 
 HEADS = ("2/8", "8/32", "16/64", "16/48", "16/16")
 LENGTHS = ("1x2048", "1x8192", "4096+4096", "8x1024", "1x32768", "24576+8192", "4x8192")
@@ -189,6 +190,13 @@ def make_inputs(row: Row, offsets: Offsets, seed: int, device: str) -> Inputs:
     g[..., ::4] = 0
     beta = normal(1, tokens, row.value_heads).sigmoid()
     return Inputs(row, offsets, q, k, v, g, beta, normal(*states))
+
+
+def input_sets(row: Row, device: str, cache_bytes: int) -> list[Inputs]:
+    """Input sets of a row: at least two, at most 24, together three times what the cache holds, so that it knows none of them."""
+    offsets = Offsets.of(row, device)
+    count = min(max(-(-3 * cache_bytes // row.input_bytes), 2), _MAX_SETS)
+    return [make_inputs(row, offsets, seed, device) for seed in range(count)]
 
 
 def _groups(sequences: tuple[int, ...]) -> Iterator[tuple[int, list[int], list[int]]]:

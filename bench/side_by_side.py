@@ -36,7 +36,6 @@ _RESULTS = Path(__file__).resolve().parent / "results"
 _CONTRACT = {"o": 5e-3, "final_state": 4e-3}
 # Beyond this a result is not a rounding of the right one, and its time says nothing.
 _WRONG = 5e-2
-_MAX_SETS = 24
 _FIRST_CALL_ROW = ("8/32", "1x8192")
 
 
@@ -179,10 +178,8 @@ class Run:
         return {"error": peers.reason(error)}
 
     def inputs(self, row: rows.Row) -> list[rows.Inputs]:
-        """Input sets of the row: at least two, and together three times the L2 cache."""
-        offsets = rows.Offsets.of(row, self.arguments.device)
-        count = min(max(-(-3 * self.device.get("l2_bytes", 0) // row.input_bytes), 2), _MAX_SETS)
-        return [rows.make_inputs(row, offsets, seed, self.arguments.device) for seed in range(count)]
+        """Input sets of the row, more than the L2 cache holds."""
+        return rows.input_sets(row, self.arguments.device, self.device.get("l2_bytes", 0))
 
 
 def _row_order(row: dict) -> tuple:

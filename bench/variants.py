@@ -26,7 +26,6 @@ from flashdelta._options import CONTEXT_PARALLEL
 
 # One of each kind: uncut and short, the same with few heads, cut; long and cut; long and uncut.
 _ROWS = ("16/16:8x1024", "8/32:8x1024", "2/8:1x2048", "2/8:1x8192", "16/16:1x8192", "8/32:4096+4096", "2/8:1x32768", "8/32:4x8192")
-_MAX_SETS = 24
 
 
 class _Options(ctypes.Structure):
@@ -113,16 +112,9 @@ class _Call:
         return self.o, self.final_state
 
 
-def _sets(row: rows.Row, device: str) -> list[rows.Inputs]:
-    # As many as keep the L2 cache from knowing them.
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
-    count = min(max(-(-3 * cache // row.input_bytes), 2), _MAX_SETS)
-    offsets = rows.Offsets.of(row, device)
-    return [rows.make_inputs(row, offsets, seed, device) for seed in range(count)]
-
-
 def _measure(row: rows.Row, libraries: dict[str, ctypes.CDLL], arguments: argparse.Namespace) -> list[str]:
-    sets = _sets(row, arguments.device)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if arguments.device == "cuda" else 0
+    sets = rows.input_sets(row, arguments.device, cache)
     exact = rows.exact(sets[0]) if arguments.check else None
     entries, notes, first = {}, {}, None
     for name, library in libraries.items():
