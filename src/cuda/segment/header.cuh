@@ -10,6 +10,13 @@ __device__ __forceinline__ void hand_out(PlanHeader* to, PlanHeader header) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(header.word) : "memory");
 }
 
+// The same where another may do so as well, with another word: the first one's stands.
+__device__ __forceinline__ void hand_out_first(PlanHeader* to, PlanHeader header) {
+  asm volatile("{\n.reg .b64 was;\natom.release.gpu.global.cas.b64 was, [%0], %1, %2;\n}" ::"l"(to), "l"(PlanHeader::not_ready().word),
+               "l"(header.word)
+               : "memory");
+}
+
 // A plan's header as it is now.
 __device__ __forceinline__ PlanHeader look_at_header(const PlanHeader* header) {
   PlanHeader now;

@@ -39,8 +39,8 @@ constexpr int kArrivalsWhole = 2, kArrivalsParts = 4;
 
 // A plan's header in the workspace, one word, so that who sees that the plan is ready has all of it. Tickets below `tickets` are items;
 // those from there on are (sequence, head) pairs in order, of which the ones of more than `longest_whole` chunks are in the items already.
-// The loop begins when it is ready, not when the plan's launch has ended. `prepare` sets it one way or the other before anything is
-// launched behind it.
+// The loop begins when it is ready, not when the plan's launch has ended. `prepare` marks it as not ready before anything is
+// launched behind it. Then `prepare`, where lengths tell that nothing is cut, or the plan hands it out, whoever comes first.
 struct PlanHeader {
   std::uint64_t word;
 

@@ -279,21 +279,25 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   bool halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
   // `prepare` may have found that there is nothing to plan.
   const bool told = look_at_header(a.plan.header).ready();
-  const int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, halves);
-  Outcome outcome;
-  outcome.halves = halves;
+  int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, halves);
+  Outcome uncut;
+  uncut.halves = halves;
+  Outcome outcome = uncut;
   if (a.plan.initial_read != nullptr) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.sequences.N * a.HV; i += kThreads) a.plan.initial_read[i] = 0;
   }
   const auto hand_it_out = [&] {
     __syncthreads();
-    if (threadIdx.x == 0) hand_out(a.plan.header, PlanHeader::of(outcome.tickets, outcome.longest_whole, outcome.halves));
+    if (threadIdx.x == 0) hand_out_first(a.plan.header, PlanHeader::of(outcome.tickets, outcome.longest_whole, outcome.halves));
   };
   if (listed == 0 && !told) hand_it_out();
 #pragma unroll 1
   for (int pass = a.rehearse && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
-    if (pass == 1) device::wait_for_previous_launch();
+    if (pass == 1) {
+      device::wait_for_previous_launch();
+      if (listed > 0 && look_at_header(a.plan.header).ready()) listed = 0, outcome = uncut;  // `prepare` has told by now, if it was to
+    }
     if (listed > 0) outcome = plan_by_cost(a, s, pass, halves);
   }
   if (listed > 0) hand_it_out();

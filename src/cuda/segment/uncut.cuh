@@ -65,7 +65,7 @@ __device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequenc
 #pragma unroll 1
   for (int n = lane; n < sequences.N; n += 32) mine.add(sequences.span(n).chunks());
   const Uncut x = uncut(mine.together(), sequences.N, HV, multiprocessors);
-  if (lane == 0 && !x.worth_cutting) hand_out(header, PlanHeader::of(0, kAllWhole, x.halves));
+  if (lane == 0 && !x.worth_cutting) hand_out_first(header, PlanHeader::of(0, kAllWhole, x.halves));
 }
 
 }  // namespace flashdelta::cuda::segment
