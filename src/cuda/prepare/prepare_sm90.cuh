@@ -163,7 +163,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
   if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   // Not sooner: what runs then takes instructions and memory from the first items.
   device::allow_dependent_launch();
-  if (covered < a.sequences.T) zero_rows_of_no_sequence(a);  // a call waits for the gates
+  if (covered < a.sequences.T) zero_rows_of_no_sequence(a, covered);  // a call waits for the gates
   if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
 
   // n: the item's number, modulo kPlaces, which is even. In shared memory: spilled, it would be read behind gates that are on their way.

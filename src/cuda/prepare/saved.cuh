@@ -46,9 +46,9 @@ __device__ __noinline__ void save(const Arguments& a, const Place& at, int head,
   }
 }
 
-// Rows of o before the first sequence and after the last.
-static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a) {
-  const int low = a.sequences.offset(0), covered = a.sequences.covered();
+// Rows of o before the first sequence and after the last; covered: rows of any.
+static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a, int covered) {
+  const int low = a.sequences.offset(0);
   const int heads = a.H * a.group, outside = a.sequences.T - covered;
   constexpr int kUnits = kHead * 2 / 16;
   for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

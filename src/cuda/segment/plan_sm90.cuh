@@ -277,8 +277,9 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
   device::allow_dependent_launch();
   if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
   bool halves = halves_fit(a.sequences.N * a.HV, a.multiprocessors);
-  // `prepare` may have found that there is nothing to plan.
-  const bool told = look_at_header(a.plan.header).ready();
+  // `prepare` may have found that there is nothing to plan, and may say so while this is read: one thread asks for all, since threads that
+  // did not agree would not meet at the same barriers.
+  const bool told = __syncthreads_or(threadIdx.x == 0 && look_at_header(a.plan.header).ready()) != 0;
   int listed = a.mode == Mode::off || told ? 0 : make_outline(a, s, halves);
   Outcome uncut;
   uncut.halves = halves;
