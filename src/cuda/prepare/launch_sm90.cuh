@@ -11,6 +11,7 @@ template <Operand Type, int W, bool Split>
 cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
   const auto kernel = prepare_kernel<Type, W, Split>;
   constexpr int kShared = sizeof(Shared<W, Split>);
+  static_assert(ctas_per_multiprocessor(W, Split) * (kShared + 1024) <= 228 * 1024, "more than a multiprocessor's shared memory");
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); error != cudaSuccess) {
     return error;
   }

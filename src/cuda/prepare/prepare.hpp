@@ -10,11 +10,16 @@
 
 namespace flashdelta::cuda::prepare {
 
-struct Arguments {
+// What the places of chunks follow from.
+struct Inputs {
   Sequences sequences;
   int slots, H, group;  // chunk numbers in use at most, key heads, value heads per key head
+  Scalars g, beta;
+};
+
+struct Arguments : Inputs {
   bool l2norm, gate_in_kernel, beta_sigmoid, neg_eigval;
-  Scalars g, beta, A_log, dt_bias;
+  Scalars A_log, dt_bias;
   unsigned char* records;     // [slots, HV, record_bytes]
   CUtensorMap* bounded_maps;  // [N, kMaps]; null where no map needs a bound
   int* counter;               // set to 0 before a dependent launch may begin: the loop's items are handed out by it

@@ -34,22 +34,24 @@ __device__ __forceinline__ int sequence_of(const Sequences& s, int slot, int lan
   return s.N > 0 && s.slot(first) <= slot ? first : -1;
 }
 
-// Finds the places of items p to p + kBatch - 1 of this CTA at most, in the order of its items (item, item + workers, ..), past chunk
-// numbers that no sequence uses. Behind them stands that there are no more, or where to go on. One warp.
-static __device__ __noinline__ void find_places(const Arguments& a, Place* place, int p, int item, int lane) {
-  const unsigned step = workers(a);
+// Finds the places of items p to p + kBatch - 1 of this CTA at most, in the order of its items (item, item + step, ..), past chunk numbers
+// that no sequence uses. Behind them stands that there are no more, or where to go on. One warp. Returns, the first time, covered().
+static __device__ __noinline__ int find_places(const Inputs& a, Place* place, int p, int item, unsigned step, int lane) {
   // Chunks of few packed sequences are counted one behind another, so that no CTA has numbers which no sequence uses.
-  const bool counted = a.sequences.cu_seqlens != nullptr && a.sequences.N <= 32;
-  Sequences::Span own{};
-  int until = 0;  // chunks of the sequences up to number `lane`
+  const bool counted = a.sequences.cu_seqlens != nullptr && a.sequences.N < 32;
+  int begin = 0, length = 0, until = 0, covered = 0;  // of sequence `lane`; until: chunks of the sequences up to it
   if (counted) {
-    if (lane < a.sequences.N) own = a.sequences.span(lane);
-    until = own.chunks();
+    begin = a.sequences.offset(min(lane, a.sequences.N));
+    length = max(0, __shfl_down_sync(~0U, begin, 1) - begin);
+    covered = max(0, __shfl_sync(~0U, begin, a.sequences.N) - __shfl_sync(~0U, begin, 0));
+    until = (length + kChunk - 1) / kChunk;
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
       const int before = __shfl_up_sync(~0U, until, o);
       if (lane >= o) until += before;
     }
+  } else if (p == 0) {
+    covered = a.sequences.covered();
   }
   const unsigned items = static_cast<unsigned>(counted ? __shfl_sync(~0U, until, 31) : a.slots) * a.H;
   unsigned next = item;
@@ -64,10 +66,10 @@ static __device__ __noinline__ void find_places(const Arguments& a, Place* place
       for (int o = 16; o > 0; o >>= 1) {
         if (__shfl_sync(~0U, until, n + o - 1) <= slot) n += o;
       }
-      const int chunk = slot - __shfl_sync(~0U, until - own.chunks(), n);
-      at.token = __shfl_sync(~0U, own.begin, n) + chunk * kChunk;
-      at.rows = max(0, min(kChunk, __shfl_sync(~0U, own.length, n) - chunk * kChunk));
-      at.slot = __shfl_sync(~0U, own.slot, n) + chunk;
+      const int chunk = slot - __shfl_sync(~0U, until - (length + kChunk - 1) / kChunk, n), first = __shfl_sync(~0U, begin, n);
+      at.token = first + chunk * kChunk;
+      at.rows = max(0, min(kChunk, __shfl_sync(~0U, length, n) - chunk * kChunk));
+      at.slot = first / kChunk + n + chunk;
     } else if (a.sequences.cu_seqlens == nullptr) {
       const int chunks = (a.sequences.T + kChunk - 1) / kChunk;
       at.row = slot / chunks, at.token = slot % chunks * kChunk;
@@ -91,15 +93,17 @@ static __device__ __noinline__ void find_places(const Arguments& a, Place* place
     end.rows = next < items ? kNotYet : kNoMore, end.slot = static_cast<int>(next);
   }
   __syncwarp();
+  return covered;
 }
 
 // Bounded maps of the sequences from `first` on, one in `step`, whose last chunk is not full. One warp.
-static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v,
-                                               const CUtensorMap& o, int first, int step, unsigned char* scratch, int lane) {
-  for (int n = first; n < a.sequences.N; n += step) {
-    const Sequences::Span span = a.sequences.span(n);
+static __device__ __noinline__ void bound_maps(const Sequences& sequences, CUtensorMap* maps, const CUtensorMap& q, const CUtensorMap& k,
+                                               const CUtensorMap& v, const CUtensorMap& o, int first, int step, unsigned char* scratch,
+                                               int lane) {
+  for (int n = first; n < sequences.N; n += step) {
+    const Sequences::Span span = sequences.span(n);
     if (span.length % kChunk == 0) continue;
-    CUtensorMap* to = a.bounded_maps + static_cast<std::int64_t>(n) * kMaps;
+    CUtensorMap* to = maps + static_cast<std::int64_t>(n) * kMaps;
     const int end = span.begin + span.length;
     device::write_bounded_map(to + kMapQ, q, end, reinterpret_cast<uint32_t*>(scratch), lane);
     device::write_bounded_map(to + kMapK, k, end, reinterpret_cast<uint32_t*>(scratch), lane);
@@ -108,19 +112,15 @@ static __device__ __noinline__ void bound_maps(const Arguments& a, const CUtenso
   }
 }
 
-// A CTA without items, where there is to be a plan. What comes behind this launch may come as soon as the plan is marked as not ready: all
-// of it waits for the last CTA that has not allowed it. Whether there is anything to plan is told when lengths are here.
-static __device__ __noinline__ void tell_of_plan(const Arguments& a, int tid) {
-  if (tid == 0) {
-    *a.plan = PlanHeader::not_ready(), *a.counter = 0;
-    __threadfence();
+// Of a CTA without items, where there is to be a plan: whether there is anything to plan. By cost: the plan may leave all pairs uncut; it
+// then reads no bound.
+static __device__ __noinline__ void tell_of_plan(const Inputs& a, PlanHeader* plan, signed char* bounds, bool by_cost, int multiprocessors,
+                                                 int tid) {
+  bool uncut = false;
+  if (tid < 32 && by_cost && a.sequences.N <= kMostTold) {
+    uncut = segment::hand_out_uncut(plan, a.sequences, a.H * a.group, multiprocessors, tid);
   }
-  __syncthreads();
-  device::allow_dependent_launch();
-  if (tid < 32 && a.may_leave_uncut && a.sequences.N <= kMostTold) {
-    segment::hand_out_uncut(a.plan, a.sequences, a.H * a.group, a.multiprocessors, tid);
-  }
-  if (a.bounds != nullptr) clear_bounds_of_no_chunk(a);
+  if (__syncthreads_or(uncut) == 0 && bounds != nullptr) clear_bounds_of_no_chunk(a, bounds);
 }
 
 // Split: T itself is wanted, for a backward.
@@ -133,8 +133,18 @@ __global__ void __maxnreg__(most_registers(W, Split))
   // The declared array's own address: rounded up as an integer it would become generic loads. The launch checks nothing else is static.
   Shared<W, Split>& s = *reinterpret_cast<Shared<W, Split>*>(raw);
   const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
+  if (warp == 0) {
+    static_assert(sizeof(Inputs) == 32 * sizeof(int));
+    reinterpret_cast<int*>(&s.inputs)[lane] = reinterpret_cast<const int*>(static_cast<const Inputs*>(&a))[lane];
+    __syncwarp();
+  }
   if (static_cast<int>(blockIdx.x) == workers(a)) {
-    tell_of_plan(a, tid);
+    // What comes behind this launch may come as soon as the plan is marked as not ready: all of it waits for the last CTA that has not
+    // allowed it.
+    if (tid == 0) *a.plan = PlanHeader::not_ready(), *a.counter = 0, __threadfence();
+    __syncthreads();
+    device::allow_dependent_launch();
+    tell_of_plan(s.inputs, a.plan, a.bounds, a.may_leave_uncut, a.multiprocessors, tid);
     return;
   }
   auto& derived = s.derived;
@@ -150,20 +160,23 @@ __global__ void __maxnreg__(most_registers(W, Split))
     device::barrier_init_fence();
     if (a.plan == nullptr && blockIdx.x == 0) *a.counter = 0, __threadfence();
   }
-  const int covered = a.sequences.covered();  // asked for before the keys, behind which offsets would queue
-  if (warp == 0) find_places(a, s.place, 0, blockIdx.x, lane);
+  if (warp == 0) {
+    // Offsets are asked for before the keys, behind which they would queue.
+    const int covered = find_places(s.inputs, s.place, 0, blockIdx.x, workers(a), lane);
+    if (lane == 0) s.covered = covered;
+  }
   __syncthreads();
   constexpr bool kEarly = W <= 2;  // an item ahead, where there are registers
   Given<W> given;
   given.load(a, s.place[0], 0, tid);  // in front of the keys, behind which they would queue
   const int number = blockIdx.x * W + warp;
   if (a.bounded_maps != nullptr && number < a.sequences.N) {
-    bound_maps(a, map_q, map_k, map_v, map_o, number, workers(a) * W, s.scratch(warp), lane);
+    bound_maps(s.inputs.sequences, a.bounded_maps, map_q, map_k, map_v, map_o, number, workers(a) * W, s.scratch(warp), lane);
   }
   if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   // Not sooner: what runs then takes instructions and memory from the first items.
   device::allow_dependent_launch();
-  if (covered < a.sequences.T) zero_rows_of_no_sequence(a, covered);  // a call waits for the gates
+  if (s.covered < a.sequences.T) zero_rows_of_no_sequence(a, s.covered);  // a call waits for the gates
   if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
 
   // n: the item's number, modulo kPlaces, which is even. In shared memory: spilled, it would be read behind gates that are on their way.
@@ -185,7 +198,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
       device::fence_shared_to_async();
       __syncthreads();
     }
-    if (warp == 0 && next.rows == kNotYet) find_places(a, s.place, n + 1, next.slot, lane);
+    if (warp == 0 && next.rows == kNotYet) find_places(s.inputs, s.place, n + 1, next.slot, workers(a), lane);
     Kept<W, Split> kept;
     const KeyScale scale = key_products<Type, W, Split>(s, kept, a.l2norm, warp, lane, [&] {
       given.put(a, s, tid);

@@ -61,7 +61,7 @@ static __device__ __noinline__ void zero_rows_of_no_sequence(const Arguments& a,
 
 // Bytes that no chunk of this call has, between those that chunks have: the plan reads words of them, though it lets none count.
 // By a CTA that has no items: waiting for offsets, behind all keys on their way, one that has some would be the last to end.
-static __device__ __noinline__ void clear_bounds_of_no_chunk(const Arguments& a) {
+static __device__ __forceinline__ void clear_bounds_of_no_chunk(const Inputs& a, signed char* bounds) {
   const int row = forgotten_row(a.slots);
   const auto heads = static_cast<unsigned>(a.H * a.group);
   const std::int64_t runs = (static_cast<std::int64_t>(a.sequences.N) + 1) * heads;
@@ -73,9 +73,9 @@ static __device__ __noinline__ void clear_bounds_of_no_chunk(const Arguments& a)
       const Sequences::Span span = a.sequences.span(n);
       at = span.slot + span.chunks();
     }
-    for (; at < until; ++at) a.bounds[static_cast<std::int64_t>(head) * row + at] = 0;
+    for (; at < until; ++at) bounds[static_cast<std::int64_t>(head) * row + at] = 0;
   }
-  if (threadIdx.x < kForgottenGroup) a.bounds[static_cast<int>(threadIdx.x) - kForgottenGroup] = 0;  // in front of the first row
+  if (threadIdx.x < kForgottenGroup) bounds[static_cast<int>(threadIdx.x) - kForgottenGroup] = 0;  // in front of the first row
 }
 
 // Rows of saved_c and saved_T of tokens in no sequence, and saved states of no chunk: they come out as zero, as everything that is wanted

@@ -30,8 +30,9 @@ struct Place {
   int rows;  // tokens of the chunk; or kNoMore, kNotYet
 };
 constexpr int kNoMore = 0, kNotYet = -1;
-// Places are found kBatch at a time, a lane each. Warps are at most one item apart.
-constexpr int kBatch = 16, kPlaces = 32;
+// Places are found kBatch at a time, a lane each. Warps are at most one item apart, and one place behind a batch says how it goes on.
+constexpr int kBatch = 16, kPlaces = 24;
+static_assert(kPlaces >= kBatch + 3 && kPlaces % 2 == 0);
 
 // A value head's gates and betas as given, and later its factors. The padding keeps heads, which are written together, on different banks.
 union Head {
@@ -76,7 +77,9 @@ struct alignas(1024) Shared {
   alignas(128) float norm[kChunk];    // |k|^2
   float key_scale[kChunk];            // what keys are multiplied by, where they are
   Derived<Warps, Split> derived;
+  Inputs inputs;         // for functions out of line: they would read the kernel's parameters from memory
   Place place[kPlaces];  // of items n % kPlaces
+  int covered;           // Sequences::covered()
   int turn[Warps];       // each warp's n % kPlaces
   Barrier full;
 

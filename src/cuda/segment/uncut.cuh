@@ -59,13 +59,14 @@ __host__ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, i
   return x;
 }
 
-// Lets the loop begin without a plan where no cut could be worth it. One warp.
-__device__ __forceinline__ void hand_out_uncut(PlanHeader* header, const Sequences& sequences, int HV, int multiprocessors, int lane) {
+// Lets the loop begin without a plan where no cut could be worth it, and says whether. One warp.
+__device__ __forceinline__ bool hand_out_uncut(PlanHeader* header, const Sequences& sequences, int HV, int multiprocessors, int lane) {
   Lengths mine = kNoLengths;
 #pragma unroll 1
   for (int n = lane; n < sequences.N; n += 32) mine.add(sequences.span(n).chunks());
   const Uncut x = uncut(mine.together(), sequences.N, HV, multiprocessors);
   if (lane == 0 && !x.worth_cutting) hand_out_first(header, PlanHeader::of(0, kAllWhole, x.halves));
+  return !x.worth_cutting;
 }
 
 }  // namespace flashdelta::cuda::segment
