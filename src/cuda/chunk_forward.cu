@@ -62,6 +62,14 @@ std::optional<segment::Uncut> told_uncut(const Problem& p, int multiprocessors) 
   return uncut.worth_cutting ? std::nullopt : std::optional(uncut);
 }
 
+// Whether a cut would be worth it if all sequences had the same length: then the plan is made as soon as gates are known.
+bool worth_cutting_alike(const Problem& p, int multiprocessors) {
+  const std::int64_t N = std::max<std::int64_t>(p.N, 1);
+  const int chunks = static_cast<int>((p.B * p.T / N + kChunk - 1) / kChunk);
+  return segment::uncut(segment::all_alike(static_cast<int>(N), chunks), static_cast<int>(N), static_cast<int>(p.HV), multiprocessors)
+      .worth_cutting;
+}
+
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
 struct Layout {
   std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
@@ -78,7 +86,7 @@ Layout layout_of(const Problem& p) {
   layout.mode = mode_of(p);
   const bool cuts = layout.mode != segment::Mode::off;
   layout.overwrites_initial = cuts && p.states_overlap;
-  layout.maps = aligned(layout.counter + sizeof(int));
+  layout.maps = aligned(layout.counter + 2 * sizeof(int));  // and `grown`
   const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
   layout.room = segment::room_of(p.N * p.HV, numbers, p.HV, layout.mode, p.batch_invariant, p.num_segments);
   const std::int64_t counts = layout.room.boundaries * 4, boundary = layout.room.boundaries * kHead * kHead * 4;
@@ -231,6 +239,9 @@ void chunk_forward(const Problem& p) {
   prepared.plan = plan.header;
   prepared.may_leave_uncut = by_cost;
   prepared.multiprocessors = count;
+  const bool early = by_cost && mode == segment::Mode::automatic && p.saved_T.data == nullptr && worth_cutting_alike(p, count) &&
+                     prepare::may_tell_early(static_cast<std::int64_t>(prepared.slots) * p.H, prepared.group, count);
+  prepared.grown = early ? counter + 1 : nullptr;
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
   if (plan.header != nullptr) {
     segment::Arguments planned{};
@@ -241,6 +252,7 @@ void chunk_forward(const Problem& p) {
     planned.mode = mode;
     planned.fixed = p.batch_invariant;
     planned.forced = p.num_segments;
+    planned.grown = prepared.grown;
     planned.rehearse = chunk_numbers(p) * p.HV >= segment::kRehearseFrom;
     planned.most_boundaries = static_cast<int>(layout.room.boundaries);
     planned.enough = static_cast<int>(std::ceil(-std::log(p.tolerance) / kForgottenUnit));

@@ -68,7 +68,7 @@ TEST_F(CudaGraph, ReplaysTwiceWithTheSameBits) {
   }
 }
 
-// prepare may tell that nothing is cut while the plan asks. In one of some ten thousand calls of this shape the plan's warps got different
+// prepare may tell that nothing is cut while the plan asks. In about one of a thousand calls of this shape the plan's warps got different
 // answers, and met at different barriers.
 TEST_F(CudaGraph, ReplaysShortPacksTenThousandsOfTimes) {
   for (const int heads : {4, 16}) {

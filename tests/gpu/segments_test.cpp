@@ -532,8 +532,15 @@ TEST_F(CudaSegmentCounts, ALargerToleranceWarmsUpLess) {
 TEST_F(CudaSegmentCounts, LongKeysCountAgainstTheGates) {
   LongCase c{.name = "LongKeys", .T = 16384, .gates = Gates::minus_5, .beta = Strength::one, .key_length = 8, .beta_by_length = false};
   EXPECT_EQ(counts_of(c, {kAuto, 4})[1], 6) << "log 63 is below 5";
+  const Counts held_down = counts_of(c, {kAuto});
+  EXPECT_GT(held_down[1], 0);
+  EXPECT_EQ(held_down[2], 0);
   c.key_length = 13;
   EXPECT_EQ(counts_of(c, {kAuto, 4})[2], 6) << "log 168 is above 5";
+  // The plan by cost is first made from gates alone.
+  const Counts enlarged = counts_of(c, {kAuto});
+  EXPECT_EQ(enlarged[1], 0);
+  EXPECT_GT(enlarged[2], 0);
 }
 
 }  // namespace

@@ -40,6 +40,9 @@ constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 // Sequences up to which a warp of `prepare` measures them all for the plan.
 constexpr int kMostTold = 1024;
 
+// Places of items found at once; items of a CTA up to which all that gates tell of its chunks is told before its first one.
+constexpr int kBatch = 16, kMostToldEarly = 8;
+
 // CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 6 KB of exchange unless one warp
 // keeps that in registers, 7 KB a warp), and 128 registers a thread for four.
 constexpr int ctas_per_multiprocessor(int warps, bool split) {

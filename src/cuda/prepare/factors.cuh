@@ -11,8 +11,19 @@
 
 namespace flashdelta::cuda::prepare {
 
+// Bits of what tokens `token` and token + 32 of a head were given: turning them into numbers would wait for them. What is absent, or past
+// the end, has bits 0.
+__device__ __forceinline__ void load_given(uint32_t (&to)[2], const Scalars& x, std::int64_t first, int head, int token, int rows) {
+  to[0] = to[1] = 0;
+  if (x.data == nullptr) return;
+  const int shift = x.type == device::Type::f32 ? 2 : 1;
+  const char* at = static_cast<const char*>(x.data) + ((first + token * x.token + head * x.head) << shift);
+  if (token < rows) to[0] = device::load_bits(at, x.type);
+  if (token + 32 < rows) to[1] = device::load_bits(at + (x.token << (shift + 5)), x.type);
+}
+
 // Gates and betas as given, of W value heads from the pass's first on: tokens t and t + 32 of one head a thread, so that neighbours read
-// neighbouring heads. Their bits: turning them into numbers would wait for them. What is absent, or past the end, has bits 0.
+// neighbouring heads.
 template <int W>
 struct Given {
   uint32_t g[2], beta[2];
@@ -20,8 +31,8 @@ struct Given {
   __device__ __forceinline__ void load(const Arguments& a, const Place& at, int pass, unsigned tid) {
     const int head = pass + static_cast<int>(tid % W), token = static_cast<int>(tid / W);
     const bool within = head < a.group;
-    load(g, a.g, at.g, head, token, within ? at.rows : 0);
-    load(beta, a.beta, at.beta, head, token, within ? at.rows : 0);
+    load_given(g, a.g, at.g, head, token, within ? at.rows : 0);
+    load_given(beta, a.beta, at.beta, head, token, within ? at.rows : 0);
   }
   template <class S>
   __device__ __forceinline__ void put(const Arguments& a, S& s, unsigned tid) const {
@@ -32,16 +43,6 @@ struct Given {
       to.g[token + 32 * i] = device::from_bits(g[i], a.g.type);
       to.beta[token + 32 * i] = a.beta.data == nullptr ? 1.F : device::from_bits(beta[i], a.beta.type);
     }
-  }
-
- private:
-  __device__ __forceinline__ static void load(uint32_t (&to)[2], const Scalars& x, std::int64_t first, int head, int token, int rows) {
-    to[0] = to[1] = 0;
-    if (x.data == nullptr) return;
-    const int shift = x.type == device::Type::f32 ? 2 : 1;
-    const char* at = static_cast<const char*>(x.data) + ((first + token * x.token + head * x.head) << shift);
-    if (token < rows) to[0] = device::load_bits(at, x.type);
-    if (token + 32 < rows) to[1] = device::load_bits(at + (x.token << (shift + 5)), x.type);
   }
 };
 
@@ -117,8 +118,8 @@ __device__ __forceinline__ bool make_factors(const Gates& x, const float* key_sc
   return __any_sync(~0U, b0 > kSplitAbove || b1 > kSplitAbove);
 }
 
-// Log of a bound of the chunk's transition: the gates' sum, and log |1 - beta |k|^2| where that is above 0. For lane 31.
-__device__ __forceinline__ float log_norm_bound(const Gates& x, float2 c, const float* norm, bool l2norm, int lane) {
+// What beta and keys may add to the log of the transition's norm, which is the gates' sum else: log |1 - beta |k|^2| where that is above 0.
+__device__ __forceinline__ float log_growth(const Gates& x, const float* norm, bool l2norm, int lane) {
   const float2 square = l2norm ? make_float2(1.F, 1.F) : reinterpret_cast<const float2*>(norm)[lane];
   const float most0 = fabsf(1.F - x.b0 * square.x), most1 = fabsf(1.F - x.b1 * square.y);
   float growth = 0.F;
@@ -127,7 +128,7 @@ __device__ __forceinline__ float log_norm_bound(const Gates& x, float2 c, const 
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) growth += __shfl_xor_sync(~0U, growth, o);
   }
-  return c.y + growth;
+  return growth;
 }
 
 }  // namespace flashdelta::cuda::prepare

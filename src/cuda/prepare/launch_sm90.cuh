@@ -7,9 +7,9 @@
 
 namespace flashdelta::cuda::prepare {
 
-template <Operand Type, int W, bool Split>
+template <Operand Type, int W, bool Split, bool Early>
 cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
-  const auto kernel = prepare_kernel<Type, W, Split>;
+  const auto kernel = prepare_kernel<Type, W, Split, Early>;
   constexpr int kShared = sizeof(Shared<W, Split>);
   static_assert(ctas_per_multiprocessor(W, Split) * (kShared + 1024) <= 228 * 1024, "more than a multiprocessor's shared memory");
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared); error != cudaSuccess) {
@@ -24,8 +24,9 @@ cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, in
 
 template <Operand Type, int W>
 cudaError_t launch_warps(const Arguments& arguments, const CUtensorMap* maps, int multiprocessors, cudaStream_t stream) {
-  return arguments.saved_T.data != nullptr ? launch_split<Type, W, true>(arguments, maps, multiprocessors, stream)
-                                           : launch_split<Type, W, false>(arguments, maps, multiprocessors, stream);
+  if (arguments.saved_T.data != nullptr) return launch_split<Type, W, true, false>(arguments, maps, multiprocessors, stream);
+  return arguments.grown != nullptr ? launch_split<Type, W, false, true>(arguments, maps, multiprocessors, stream)
+                                    : launch_split<Type, W, false, false>(arguments, maps, multiprocessors, stream);
 }
 
 template <Operand Type>

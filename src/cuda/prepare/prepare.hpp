@@ -27,6 +27,8 @@ struct Arguments : Inputs {
   bool may_leave_uncut;       // the plan is by cost
   int multiprocessors;
   signed char* bounds;  // [HV, forgotten_row(slots)], what each chunk forgets; null: not wanted
+  // Not null: bounds are there, as gates alone tell, before a dependent launch may begin, and 0 here; 1 where keys have changed one later.
+  int* grown;
   // Rows of o that belong to no sequence are set to zero here (packed calls).
   unsigned char* o;
   std::int64_t o_token, o_head;  // strides in bytes
@@ -35,6 +37,10 @@ struct Arguments : Inputs {
   States saved_states;           // the loop writes them; slots of no chunk are set to zero here
   int checkpoint_chunks, saved_slots;
 };
+
+// Whether `grown` may be given to a call of so many items (chunks of key heads), which wants no saved_T: CTAs have few enough to know them
+// all from the start, and to tell of all of them first.
+bool may_tell_early(std::int64_t items, int group, int multiprocessors);
 
 // `maps`: kMaps tensor maps of the call. Launches on `stream` and lets a dependent launch follow early.
 cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, device::Operand operand, int multiprocessors, cudaStream_t stream);

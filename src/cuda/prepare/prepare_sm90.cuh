@@ -5,6 +5,7 @@
 #include "cuda/device/copy.cuh"
 #include "cuda/layout.cuh"
 #include "cuda/prepare/config.h"
+#include "cuda/prepare/early.cuh"
 #include "cuda/prepare/factors.cuh"
 #include "cuda/prepare/gram.cuh"
 #include "cuda/prepare/inverse.cuh"
@@ -123,8 +124,8 @@ static __device__ __noinline__ void tell_of_plan(const Inputs& a, PlanHeader* pl
   if (__syncthreads_or(uncut) == 0 && bounds != nullptr) clear_bounds_of_no_chunk(a, bounds);
 }
 
-// Split: T itself is wanted, for a backward.
-template <Operand Type, int W, bool Split>
+// Split: T itself is wanted, for a backward. Early: what gates tell of all chunks is there before the next launch may begin (a.grown).
+template <Operand Type, int W, bool Split, bool Early>
 __global__ void __maxnreg__(most_registers(W, Split))
     prepare_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
@@ -140,11 +141,23 @@ __global__ void __maxnreg__(most_registers(W, Split))
   }
   if (static_cast<int>(blockIdx.x) == workers(a)) {
     // What comes behind this launch may come as soon as the plan is marked as not ready: all of it waits for the last CTA that has not
-    // allowed it.
-    if (tid == 0) *a.plan = PlanHeader::not_ready(), *a.counter = 0, __threadfence();
+    // allowed it. Early, the plan begins with bounds, and those of no chunk have to be clear by then.
+    if (tid == 0) {
+      *a.plan = PlanHeader::not_ready(), *a.counter = 0;
+      if constexpr (Early) {
+        *a.grown = 0;
+      } else {
+        __threadfence();
+      }
+    }
     __syncthreads();
-    device::allow_dependent_launch();
+    if constexpr (!Early) device::allow_dependent_launch();
     tell_of_plan(s.inputs, a.plan, a.bounds, a.may_leave_uncut, a.multiprocessors, tid);
+    if constexpr (Early) {
+      __threadfence();
+      __syncthreads();
+      device::allow_dependent_launch();
+    }
     return;
   }
   auto& derived = s.derived;
@@ -162,7 +175,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
   }
   if (warp == 0) {
     // Offsets are asked for before the keys, behind which they would queue.
-    const int covered = find_places(s.inputs, s.place, 0, blockIdx.x, workers(a), lane);
+    const int covered = find_places(s.inputs, s.place, 0, first_item<W, Split>(a), workers(a), lane);
     if (lane == 0) s.covered = covered;
   }
   __syncthreads();
@@ -173,7 +186,15 @@ __global__ void __maxnreg__(most_registers(W, Split))
   if (a.bounded_maps != nullptr && number < a.sequences.N) {
     bound_maps(s.inputs.sequences, a.bounded_maps, map_q, map_k, map_v, map_o, number, workers(a) * W, s.scratch(warp), lane);
   }
-  if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
+  const auto load_first = [&] {
+    if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
+  };
+  if constexpr (Early) {
+    tell_gates<W>(a, s.place, warp, lane, load_first);
+    block_sync<W>();
+  } else {
+    load_first();
+  }
   // Not sooner: what runs then takes instructions and memory from the first items.
   device::allow_dependent_launch();
   if (s.covered < a.sequences.T) zero_rows_of_no_sequence(a, s.covered);  // a call waits for the gates
@@ -235,8 +256,11 @@ __global__ void __maxnreg__(most_registers(W, Split))
         reinterpret_cast<float2*>(tail.beta)[lane] = beta;
         if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
         if (a.bounds != nullptr) {
-          const float bound = log_norm_bound(x, c, s.norm, a.l2norm, lane);
-          if (lane == 31) a.bounds[static_cast<std::int64_t>(head) * forgotten_row(a.slots) + here.slot] = forgotten(bound);
+          const float growth = log_growth(x, s.norm, a.l2norm, lane);
+          if (lane == 31 && (!Early || growth != 0.F)) {
+            *bound_of(a, here, pass + warp) = forgotten(c.y + growth);
+            if constexpr (Early) *a.grown = 1;
+          }
         }
         int row = lane;
         device::keep(row);

@@ -30,8 +30,9 @@ struct Place {
   int rows;  // tokens of the chunk; or kNoMore, kNotYet
 };
 constexpr int kNoMore = 0, kNotYet = -1;
-// Places are found kBatch at a time, a lane each. Warps are at most one item apart, and one place behind a batch says how it goes on.
-constexpr int kBatch = 16, kPlaces = 24;
+// Places are found kBatch at a time, a lane each (config.h). Warps are at most one item apart, and one place behind a batch says how it
+// goes on.
+constexpr int kPlaces = 24;
 static_assert(kPlaces >= kBatch + 3 && kPlaces % 2 == 0);
 
 // A value head's gates and betas as given, and later its factors. The padding keeps heads, which are written together, on different banks.

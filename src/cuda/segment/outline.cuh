@@ -9,7 +9,7 @@ namespace flashdelta::cuda::segment {
 constexpr int kWarps = kThreads / 32;
 constexpr int kMostSums = 5;
 constexpr int kModelLanes = kThreads / kMostSegments;
-constexpr int kPasses = 2;  // a rehearsal, and the plan
+constexpr int kPasses = 2;  // a rehearsal or a plan from gates alone, and the plan from everything
 
 // What a number of segments makes of the exact pairs.
 struct alignas(16) Model {

@@ -184,10 +184,9 @@ struct Outcome {
 };
 
 // halves: how pairs go out if nothing is cut.
-__device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass, bool halves) {
+__device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass, bool rehearsing, bool halves) {
   const Outline& outline = s.outline;
   const int i = threadIdx.x, P = a.multiprocessors;
-  const bool rehearsing = pass == 0;
   Outcome outcome;
   outcome.halves = halves;
   if (a.mode == Mode::automatic) {
@@ -293,13 +292,21 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
     if (threadIdx.x == 0) hand_out_first(a.plan.header, PlanHeader::of(outcome.tickets, outcome.longest_whole, outcome.halves));
   };
   if (listed == 0 && !told) hand_it_out();
+  // Once, before `prepare` has ended, where bytes are there or not wanted; else a rehearsal with others. A second time with those that are
+  // there in the end, unless none has changed.
+  const bool early = a.mode == Mode::exact || a.grown != nullptr;
 #pragma unroll 1
-  for (int pass = a.rehearse && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
+  for (int pass = (early || a.rehearse) && listed > 0 ? 0 : 1; pass < kPasses; ++pass) {
     if (pass == 1) {
       device::wait_for_previous_launch();
       if (listed > 0 && look_at_header(a.plan.header).ready()) listed = 0, outcome = uncut;  // `prepare` has told by now, if it was to
+      if (listed > 0 && early) {
+        if (a.grown == nullptr || __ldcg(a.grown) == 0) break;
+        __syncthreads();
+        if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
+      }
     }
-    if (listed > 0) outcome = plan_by_cost(a, s, pass, halves);
+    if (listed > 0) outcome = plan_by_cost(a, s, pass, pass == 0 && !early, halves);
   }
   if (listed > 0) hand_it_out();
   if (threadIdx.x != 0 || a.counts == nullptr) return;

@@ -16,11 +16,12 @@ struct Arguments {
   Sequences sequences;
   int HV, slots, multiprocessors;
   Mode mode;
-  bool fixed;                    // batch_invariant
-  int forced;                    // segments of every pair; 0: planned
-  bool rehearse;                 // make the plan once beforehand, for its instructions: where `prepare` takes long enough to hide that
-  int most_boundaries;           // what the workspace holds
-  int enough;                    // minus the log of the tolerance, in kForgottenUnit, rounded up
+  bool fixed;           // batch_invariant
+  int forced;           // segments of every pair; 0: planned
+  const int* grown;     // null: what chunks forget is there when `prepare` has ended; else from the start, and if not 0 some forget less
+  bool rehearse;        // make the plan once beforehand, for its instructions: where `prepare` takes long enough to hide that
+  int most_boundaries;  // what the workspace holds
+  int enough;           // minus the log of the tolerance, in kForgottenUnit, rounded up
   const signed char* forgotten;  // [HV][forgotten_row(slots)], of each chunk (layout.cuh)
   Plan plan;
   std::int32_t* counts;  // null, or where the caller wants the figures: segments, warm-ups, exact boundaries, chunks of warm-up

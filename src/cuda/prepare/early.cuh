@@ -1,0 +1,66 @@
+// What a call's beginning owes to others: which items a CTA takes, and what the plan of segments can be made from while keys are on their
+// way.
+#pragma once
+
+#include "cuda/device/reciprocal.cuh"
+#include "cuda/prepare/factors.cuh"
+#include "cuda/prepare/shared.cuh"
+
+namespace flashdelta::cuda::prepare {
+
+// Where it is told what a chunk forgets; head: among those of its key head.
+__device__ __forceinline__ signed char* bound_of(const Arguments& a, const Place& at, int head) {
+  return a.bounds + static_cast<std::int64_t>(at.h * a.group + head) * forgotten_row(a.slots) + at.slot;
+}
+
+// The first of this CTA's items. CTAs of one multiprocessor take items one behind another, so that where not all CTAs have as many, those
+// with fewer are together on some multiprocessors: the loop begins there sooner, and L2 has its instructions when the others come. CTAs
+// are dealt out about one to each multiprocessor in turn; where they are not, nothing is lost.
+template <int W, bool Split>
+__device__ __forceinline__ int first_item(const Arguments& a) {
+  constexpr int kFit = ctas_per_multiprocessor(W, Split);
+  const int block = blockIdx.x, P = a.multiprocessors;
+  if (static_cast<int>(gridDim.x) != kFit * P - 1) return block;
+  const int turn = static_cast<int>((block + 0.5F) * device::reciprocal(static_cast<float>(P)));  // half is more than what it errs by
+  const int rank = (block - turn * P) * kFit + turn;
+  return a.plan != nullptr && rank >= kFit * (P - 1) ? rank - 1 : rank;
+}
+
+// What chunks of this CTA forget where their keys enlarge nothing, from gates alone, two chunks at once. load_keys runs behind the loads of
+// the first two's gates, which would queue behind keys.
+template <int W, class F>
+__device__ __forceinline__ void tell_gates(const Arguments& a, const Place* place, int warp, int lane, const F& load_keys) {
+#pragma unroll 1
+  for (int pass = 0; pass < a.group; pass += W) {
+    const int head = pass + warp;
+#pragma unroll 1
+    for (int n = 0; place[n].rows > 0; n += 2) {
+      uint32_t bits[2][2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const Place& at = place[n + u];
+        load_given(bits[u], a.g, at.g, head, lane, head < a.group ? at.rows : 0);
+      }
+      if (pass == 0 && n == 0) load_keys();
+      float sums[2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const Place& at = place[n + u];
+        Gates x{device::from_bits(bits[u][0], a.g.type), device::from_bits(bits[u][1], a.g.type), 0.F, 0.F};
+        if (a.gate_in_kernel) x = activate_raw(a, x, at.h * a.group + min(head, a.group - 1));
+        x.g0 = x.g0 < kLowestGate ? kLowestGate : x.g0, x.g1 = x.g1 < kLowestGate ? kLowestGate : x.g1;
+        sums[u] = (lane < at.rows ? x.g0 : 0.F) + (lane + 32 < at.rows ? x.g1 : 0.F);
+      }
+      const bool upper = lane >= 16;  // has the second chunk's sum
+      float sum = (upper ? sums[1] : sums[0]) + __shfl_xor_sync(~0U, upper ? sums[0] : sums[1], 16);
+#pragma unroll
+      for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(~0U, sum, o);
+      const Place& at = place[n + (upper ? 1 : 0)];
+      if (lane % 16 == 0 && at.rows > 0 && head < a.group) *bound_of(a, at, head) = forgotten(sum);
+      if (place[n + 1].rows <= 0) break;
+    }
+  }
+  __threadfence();
+}
+
+}  // namespace flashdelta::cuda::prepare
