@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "cuda/cuda.hpp"
+#include "cuda/forward/config.h"
 #include "cuda/forward/forward.hpp"
 #include "cuda/prepare/prepare.hpp"
 #include "cuda/segment/config.h"
@@ -54,25 +54,20 @@ segment::Mode mode_of(const Problem& p) {
   return p.context_parallel == FLASHDELTA_CONTEXT_PARALLEL_EXACT ? segment::Mode::exact : segment::Mode::automatic;
 }
 
-// A call that is planned by cost, uncut, where its lengths are known here and tell that no cut is worth it.
-std::optional<segment::Uncut> told_uncut(const Problem& p, int multiprocessors) {
-  if (p.cu_seqlens != nullptr || p.segment_counts.data != nullptr) return std::nullopt;
-  const int N = static_cast<int>(p.N), chunks = static_cast<int>((p.T + kChunk - 1) / kChunk);
-  const segment::Uncut uncut = segment::uncut(segment::all_alike(N, chunks), N, static_cast<int>(p.HV), multiprocessors);
-  return uncut.worth_cutting ? std::nullopt : std::optional(uncut);
+// The call without cuts if all its sequences had the same length, as they have where there is no pack.
+segment::Uncut uncut_alike(const Problem& p, int multiprocessors) {
+  const int N = static_cast<int>(std::max<std::int64_t>(p.N, 1)), chunks = static_cast<int>((p.B * p.T / N + kChunk - 1) / kChunk);
+  return segment::uncut(segment::all_alike(N, chunks), N, static_cast<int>(p.HV), multiprocessors);
 }
 
-// Whether a cut would be worth it if all sequences had the same length: then the plan is made as soon as gates are known.
-bool worth_cutting_alike(const Problem& p, int multiprocessors) {
-  const std::int64_t N = std::max<std::int64_t>(p.N, 1);
-  const int chunks = static_cast<int>((p.B * p.T / N + kChunk - 1) / kChunk);
-  return segment::uncut(segment::all_alike(static_cast<int>(N), chunks), static_cast<int>(N), static_cast<int>(p.HV), multiprocessors)
-      .worth_cutting;
-}
+// What every call counts, at the workspace's first multiple of 128.
+struct Counters {
+  int tickets, grown;
+};
 
 // Bytes from the workspace's first multiple of 128, which tensor maps want; the workspace itself is aligned to 64.
 struct Layout {
-  std::int64_t counter = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
+  std::int64_t counters = 0, maps = 0, header = 0, items = 0, arrived = 0, scanned = 0, warm = 0, initial_read = 0, bounds = 0;
   std::int64_t states = 0, transitions = 0, records = 0, size = 0;
   segment::Mode mode = segment::Mode::off;
   segment::Room room;
@@ -86,7 +81,7 @@ Layout layout_of(const Problem& p) {
   layout.mode = mode_of(p);
   const bool cuts = layout.mode != segment::Mode::off;
   layout.overwrites_initial = cuts && p.states_overlap;
-  layout.maps = aligned(layout.counter + 2 * sizeof(int));  // and `grown`
+  layout.maps = aligned(layout.counters + static_cast<std::int64_t>(sizeof(Counters)));
   const std::int64_t maps = p.cu_seqlens == nullptr ? 0 : p.N * kMaps * static_cast<std::int64_t>(sizeof(CUtensorMap));
   layout.room = segment::room_of(p.N * p.HV, numbers, p.HV, layout.mode, p.batch_invariant, p.num_segments);
   const std::int64_t counts = layout.room.boundaries * 4, boundary = layout.room.boundaries * kHead * kHead * 4;
@@ -184,7 +179,7 @@ void chunk_forward(const Problem& p) {
   const Layout layout = layout_of(p);
   auto* base = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(p.workspace) + 127) / 128 * 128);
   const Sequences sequences{p.cu_seqlens, p.cu_seqlens_stride, p.cu_seqlens_int64 ? 1 : 0, static_cast<int>(p.N), static_cast<int>(p.T)};
-  auto* counter = reinterpret_cast<int*>(base + layout.counter);
+  auto* counters = reinterpret_cast<Counters*>(base + layout.counters);
   auto* bounded_maps = p.cu_seqlens == nullptr ? nullptr : reinterpret_cast<CUtensorMap*>(base + layout.maps);
   const int count = multiprocessors(p.device_id);
   const auto operand = p.q.dtype == op::DType::f16 ? device::Operand::f16 : device::Operand::bf16;
@@ -212,7 +207,7 @@ void chunk_forward(const Problem& p) {
   prepared.dt_bias = scalars(p.dt_bias);
   prepared.records = base + layout.records;
   prepared.bounded_maps = bounded_maps;
-  prepared.counter = counter;
+  prepared.counter = &counters->tickets;
   prepared.o = static_cast<unsigned char*>(p.o.data);
   prepared.o_token = p.o.stride[1] * op::size_of(p.o.dtype);
   prepared.o_head = p.o.stride[2] * op::size_of(p.o.dtype);
@@ -223,7 +218,9 @@ void chunk_forward(const Problem& p) {
   prepared.checkpoint_chunks = p.checkpoint_chunks;
   prepared.saved_slots = static_cast<int>(op::saved_states_slots(p));
   const bool by_cost = layout.mode != segment::Mode::off && !p.batch_invariant && p.num_segments == 0;
-  const std::optional<segment::Uncut> uncut = by_cost ? told_uncut(p, count) : std::nullopt;
+  const segment::Uncut alike = uncut_alike(p, count);
+  // Lengths that are known here may tell that no cut is worth it; if packed sequences had one length each, whether one may be.
+  const bool uncut = by_cost && !alike.worth_cutting && p.cu_seqlens == nullptr && p.segment_counts.data == nullptr;
   const segment::Mode mode = uncut ? segment::Mode::off : layout.mode;
   prepared.bounds = mode == segment::Mode::off ? nullptr : reinterpret_cast<signed char*>(base + layout.bounds);
   Plan plan{};
@@ -239,14 +236,16 @@ void chunk_forward(const Problem& p) {
   prepared.plan = plan.header;
   prepared.may_leave_uncut = by_cost;
   prepared.multiprocessors = count;
-  const bool early = by_cost && mode == segment::Mode::automatic && p.saved_T.data == nullptr && worth_cutting_alike(p, count) &&
+  const bool early = by_cost && mode == segment::Mode::automatic && p.saved_T.data == nullptr && alike.worth_cutting &&
                      prepare::may_tell_early(static_cast<std::int64_t>(prepared.slots) * p.H, prepared.group, count);
-  prepared.grown = early ? counter + 1 : nullptr;
+  prepared.grown = early ? &counters->grown : nullptr;
   check(prepare::launch(prepared, maps, operand, count, stream), "launching prepare");
   if (plan.header != nullptr) {
     segment::Arguments planned{};
     planned.sequences = sequences;
     planned.HV = static_cast<int>(p.HV);
+    planned.group = prepared.group;
+    planned.large = prepared.group > 1 && chunk_numbers(p) * p.H >= segment::kLargeFrom;
     planned.slots = prepared.slots;
     planned.multiprocessors = count;
     planned.mode = mode;
@@ -270,12 +269,13 @@ void chunk_forward(const Problem& p) {
   arguments.scale = static_cast<float>(p.scale);
   arguments.records = prepared.records;
   arguments.bounded_maps = bounded_maps;
-  arguments.counter = counter;
+  arguments.counter = &counters->tickets;
   arguments.plan = plan;
   arguments.initial_state = states(p.initial_state);
   arguments.final_state = states(p.final_state);
   arguments.initial_staged = has_state_map(p.initial_state);
-  arguments.halves = plan.header == nullptr && (uncut ? uncut->halves : halves_fit(p.N * p.HV, count));
+  arguments.halves = plan.header == nullptr && (uncut ? alike.halves : halves_fit(p.N * p.HV, count));
+  arguments.keep_queries = chunk_numbers(p) * p.H >= forward::kKeepQueriesFrom;
   arguments.saved_states = states(p.saved_states);
   arguments.checkpoint_chunks = p.checkpoint_chunks;
   const CUtensorMap state_map = arguments.initial_staged ? make_state_map(p.initial_state, "initial_state") : CUtensorMap{};

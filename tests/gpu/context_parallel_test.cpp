@@ -215,6 +215,38 @@ TEST_P(CudaLongSegments, HoldTheContractHoweverACallIsCut) {
   }
 }
 
+// Calls so large that the plan looks at more: pairs that are cut at the same places as others of their key head, pairs on lines of their
+// own, and pairs without gates as two halves among them.
+const LongCase kLarge[] = {
+    {.name = "HalvesAmongGangsOfThree", .T = 8192, .H = 16, .HV = 64, .cu_seqlens = {0, 6144, 8192}},
+    {.name = "HalvesShortestFirst", .T = 8192, .H = 16, .HV = 64, .cu_seqlens = {0, 1000, 1065, 2100, 8192}, .gates = Gates::turns},
+    {.name = "GangsOfTwoAndOthers", .T = 16384, .H = 16, .HV = 48},
+    {.name = "GangsOfTwoFp16", .T = 12288, .H = 16, .HV = 32, .dtype = DType::f16},
+    {.name = "GangsOfFourPackedInPlace",
+     .T = 12300,
+     .H = 8,
+     .HV = 32,
+     .cu_seqlens = {0, 1, 66, 66, 9000, 12290},
+     .gates = Gates::minus_5,
+     .in_place = true},
+    {.name = "GangsOfFourOfTen", .T = 20480, .H = 4, .HV = 40, .gates = Gates::minus_5},
+};
+
+class CudaLargeSegments : public GpuTest, public ::testing::WithParamInterface<LongCase> {};
+INSTANTIATE_TEST_SUITE_P(, CudaLargeSegments, ::testing::ValuesIn(kLarge), [](const auto& param_info) { return param_info.param.name; });
+
+TEST_P(CudaLargeSegments, HoldTheContractHoweverACallIsCut) {
+  LongCall call(GetParam());
+  for (const Cut& cut : {Cut{kOff}, Cut{kAuto}, Cut{kExact}}) {
+    call.set_cut(cut);
+    ASSERT_NO_FATAL_FAILURE(call.run()) << text(cut);
+    call.expect_contract(text(cut));
+    const Results first(call);
+    ASSERT_NO_FATAL_FAILURE(call.run());
+    first.expect_same_bits(call, text(cut));
+  }
+}
+
 // --- a million tokens
 
 flashdelta_forward_args with_tokens(const flashdelta_forward_args& args, std::deque<Part>& parts, std::int64_t begin, std::int64_t end) {

@@ -528,6 +528,17 @@ TEST_F(CudaSegmentCounts, ALargerToleranceWarmsUpLess) {
   EXPECT_EQ(none[2], 14);
 }
 
+// Where the plan looks at more (context_parallel_test.cpp), what it tells must be as true.
+TEST_F(CudaSegmentCounts, OfLargeCallsAreOfCuts) {
+  for (const LongCase& c : {LongCase{.name = "Halves", .T = 8192, .H = 16, .HV = 64, .cu_seqlens = {0, 6144, 8192}},
+                            LongCase{.name = "Loose", .T = 16384, .H = 16, .HV = 48},
+                            LongCase{.name = "Fours", .T = 20480, .H = 4, .HV = 40, .gates = Gates::minus_5}}) {
+    const Counts counts = counts_of(c, {kAuto});
+    EXPECT_GT(counts[1], 0) << c;
+    if (c.gates == Gates::minus_5) EXPECT_EQ(counts[2], 0) << c;
+  }
+}
+
 // |1 - beta |k|^2| up to 63 counts against the gates.
 TEST_F(CudaSegmentCounts, LongKeysCountAgainstTheGates) {
   LongCase c{.name = "LongKeys", .T = 16384, .gates = Gates::minus_5, .beta = Strength::one, .key_length = 8, .beta_by_length = false};

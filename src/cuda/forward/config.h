@@ -27,6 +27,9 @@ constexpr int kFiller = 256;
 
 // Chunks before an item's last at which the next item is claimed. Its loads begin three chunks before its first product.
 constexpr int kClaimAhead = 4;
+// Chunks of key heads from which on cut calls leave queries in L2 as others do: calls of 1024 and more take up to 5 % less, of 256 2 %
+// more.
+constexpr int kKeepQueriesFrom = 1024;
 // The sequence of an item that only rehearses.
 constexpr int kNoSequence = -1;
 // Items in flight: one with the producer, and those that short ones leave open behind it.

@@ -22,6 +22,7 @@ struct Arguments {
   States initial_state, final_state, saved_states;
   bool initial_staged;  // initial_state has a tensor map
   bool halves;          // without a plan: pairs are two items of 64 value columns each
+  bool keep_queries;    // L2 keeps queries for other value heads where pairs are cut, too
   int checkpoint_chunks;
 };
 

@@ -27,9 +27,10 @@ struct Claims {
   __device__ __forceinline__ void wait_for_plan(const Arguments& a) {
     if (!plan.ready()) plan = segment::wait_for_header(a.plan.header);
   }
-  // Where pairs are cut, L2 has states at boundaries to keep; else the value heads of a key head read its queries one soon after another.
-  __device__ __forceinline__ std::uint64_t query_policy() const {
-    return plan.tickets() > 0 ? device::kEvictFirst : device::kEvictNormally;
+  // The value heads of a key head read its queries one soon after another. Where pairs of a short call are cut, they had better leave L2 to
+  // states and code.
+  __device__ __forceinline__ std::uint64_t query_policy(const Arguments& a) const {
+    return plan.tickets() > 0 && !a.keep_queries ? device::kEvictFirst : device::kEvictNormally;
   }
   __device__ __forceinline__ int ticket(const Arguments& a) {
     const int mine = drawn;
@@ -179,7 +180,7 @@ __device__ __forceinline__ void produce_keys(const Arguments& a, Shared& s, cons
       device::barrier_wait(s.released[stage.at], stage.parity ^ 1);
       device::barrier_arrive_expect(loaded, (c >= warm ? 2 : 1) * kChunk * kHead * 2 + (rehearsing ? 0 : bytes));
       device::load_box(s.k[stage.at], k, loaded, 0, key_head, token, row);
-      if (c >= warm) device::load_box(s.q[stage.at], q, loaded, 0, key_head, token, row, claims.query_policy());
+      if (c >= warm) device::load_box(s.q[stage.at], q, loaded, 0, key_head, token, row, claims.query_policy(a));
       token += kChunk;
       if (!rehearsing) {
         if (!waited) device::wait_for_previous_launch(), waited = true;  // for the records

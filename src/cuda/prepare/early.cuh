@@ -48,8 +48,7 @@ __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* plac
         const Place& at = place[n + u];
         Gates x{device::from_bits(bits[u][0], a.g.type), device::from_bits(bits[u][1], a.g.type), 0.F, 0.F};
         if (a.gate_in_kernel) x = activate_raw(a, x, at.h * a.group + min(head, a.group - 1));
-        x.g0 = x.g0 < kLowestGate ? kLowestGate : x.g0, x.g1 = x.g1 < kLowestGate ? kLowestGate : x.g1;
-        sums[u] = (lane < at.rows ? x.g0 : 0.F) + (lane + 32 < at.rows ? x.g1 : 0.F);
+        sums[u] = (lane < at.rows ? held_up(x.g0) : 0.F) + (lane + 32 < at.rows ? held_up(x.g1) : 0.F);
       }
       const bool upper = lane >= 16;  // has the second chunk's sum
       float sum = (upper ? sums[1] : sums[0]) + __shfl_xor_sync(~0U, upper ? sums[0] : sums[1], 16);

@@ -67,6 +67,9 @@ static __device__ __noinline__ Gates activate_raw(const Arguments& a, Gates x, i
   return x;
 }
 
+// A gate at least kLowestGate, by a comparison that NaN passes through.
+__device__ __forceinline__ float held_up(float g) { return g < kLowestGate ? kLowestGate : g; }
+
 // Given values to log gates and betas; tokens past the sequence's end get 0 and 0. `whole`: the gates before kLowestGate.
 __device__ __forceinline__ Gates activate(const Arguments& a, const float* g, const float* beta, int rows, int head, int lane,
                                           float2& whole) {
@@ -76,8 +79,7 @@ __device__ __forceinline__ Gates activate(const Arguments& a, const float* g, co
   if (2 * lane >= rows) x.g0 = x.b0 = 0.F;
   if (2 * lane + 1 >= rows) x.g1 = x.b1 = 0.F;
   whole = make_float2(x.g0 < kLowestSavedGate ? kLowestSavedGate : x.g0, x.g1 < kLowestSavedGate ? kLowestSavedGate : x.g1);
-  // Comparisons that NaN passes through.
-  x.g0 = x.g0 < kLowestGate ? kLowestGate : x.g0, x.g1 = x.g1 < kLowestGate ? kLowestGate : x.g1;
+  x.g0 = held_up(x.g0), x.g1 = held_up(x.g1);
   return x;
 }
 

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
         if (pass == 1 && k < total.x) {
           const Counts next{before.firsts + (at[0] & 0xFFFF), before.parts + at[1], before.scans + at[2],
                             before.dependents + (at[0] >> 16)};
-          emit(a.plan.items, x, t, next, false, warm_of);
+          emit(a.plan.items, x, t, next, warm_of);
         }
         before.firsts += sum[0] & 0xFFFF, before.parts += sum[1], before.scans += sum[2], before.dependents += sum[0] >> 16;
       }

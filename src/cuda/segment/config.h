@@ -14,6 +14,8 @@ constexpr int kMostWarmUp = 8;
 constexpr float kStateOnly = 0.7F;
 // A chunk of half the value columns, one consumer's, against both, where all multiprocessors are busy: its products wait for one another.
 constexpr float kHalf = 0.62F;
+// A chunk where few multiprocessors are busy, against one where all are: the clock is higher.
+constexpr float kIdle = 0.83F;
 // Beginning and ending an item: reading a state, filling the pipeline, writing a state. More where that is written in pairs of bf16 and
 // others are told.
 constexpr float kItem = 2.F, kPart = 2.5F;
@@ -29,15 +31,22 @@ constexpr float kRise = kScanStep / kStateOnly;
 
 // Dependents of a pair up to which its scan counts as short.
 constexpr int kShortScan = 4;
+// Chunks of key heads from which on a call is large: L2 does not keep keys and queries (32 KB) until another value head comes to them, and
+// it lasts long enough for a plan that looks at more. Pieces of warm pairs then go side by side, at most so many, where that saves at least
+// one load in so many.
+constexpr int kLargeFrom = 1280, kMostGang = 4, kWorthGangs = 5;
+
 // Shortest piece worth a cut, in chunks.
 constexpr int kShortest = 2;
 // Pairs of at most this share of a multiprocessor's load are never cut: handed out one by one they balance well enough.
-constexpr float kNeverCut = 0.52F;
-// What a plan promises is worth this much: multiprocessors are never loaded quite alike, and the plan itself takes a while. Once it has
-// been made, what it must save is less.
-constexpr float kImbalance = 1.25F, kPlan = 7.F, kGain = 3.F;
-// The same of a hill: there is room for all items at once.
-constexpr float kHillImbalance = 1.1F;
+constexpr float kNeverCut = 0.25F;
+// Cuts at best, an even share for all, are worth a plan where so many times as long, and the plan itself, would not take longer than no
+// cuts.
+constexpr float kAtBest = 1.25F, kPlan = 7.F;
+// Once the plan has been made: what it promises takes so many times as long, and it must save so much.
+constexpr float kImbalance = 1.05F, kGain = 6.F;
+// The same where little waits for one another: of a hill, which has room for all items at once, and where only warm pairs are cut.
+constexpr float kEvenImbalance = 1.1F, kEvenGain = 3.F;
 
 // Chunks (of value heads) from which on `prepare` takes about as long as a rehearsal of the plan.
 constexpr int kRehearseFrom = 4096;

@@ -29,6 +29,7 @@ struct Segment {
   int j, count, begin, end, boundary;  // boundary: number of the one at its start; the next one's is one more
   int warm;                            // of its start; 0: it depends on the segment before (or is the first)
   bool dependent, next_dependent, after_dependent;
+  bool halved;  // goes out as two halves of its value columns
   __device__ bool first() const { return j == 0; }
   __device__ bool last() const { return j + 1 == count; }
   __device__ bool starts_chain() const { return dependent && next_dependent && !after_dependent; }
@@ -44,8 +45,9 @@ __device__ __forceinline__ void look_around(Segment& x, WarmOf warm_of) {
 struct Counts {
   int firsts, parts, scans, dependents;
   __device__ void add(const Segment& x) {
-    firsts += x.dependent ? 0 : 1, parts += x.dependent && x.next_dependent ? 2 : 0, scans += x.starts_chain() ? kScanBlocks : 0,
-        dependents += x.dependent ? 1 : 0;
+    const int copies = x.halved ? kTiles : 1;
+    firsts += x.dependent ? 0 : copies, parts += x.dependent && x.next_dependent ? 2 : 0, scans += x.starts_chain() ? kScanBlocks : 0,
+        dependents += x.dependent ? copies : 0;
   }
 };
 
@@ -57,10 +59,9 @@ __device__ __forceinline__ void put(Item* items, int index, const Item& x) {
   to[2] = make_int4(x.scan_steps, x.more, x.from_scan, x.consumers);
 }
 
-// Items of one segment, at its numbers within each kind. halves: dependents are two items, a half of their value columns each. One loop, so
-// that there is one place that writes items.
+// Items of one segment, at its numbers within each kind. One loop, so that there is one place that writes items.
 template <class WarmOf>
-__device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, bool halves, WarmOf warm_of) {
+__device__ __forceinline__ void emit(Item* items, const Segment& x, const Tickets& t, const Counts& at, WarmOf warm_of) {
   Item item{x.pair.sequence, x.pair.head, x.begin, 0, x.end - x.begin, From::boundary, To::nowhere, x.boundary,
             x.boundary + 1,  0,           -1,      0, kBothConsumers};
   if (x.last()) item.to = To::final_state;
@@ -68,18 +69,18 @@ __device__ __forceinline__ void emit(Item* items, const Segment& x, const Ticket
   if (x.dependent) {
     // Its end is the scan's to write, unless no one waits for it.
     item.from_scan = x.after_dependent ? 1 : 0;
-    index = t.dependent() + (halves ? 2 : 1) * at.dependents;
-    if (halves) {
-      item.consumers = 1;
-      put(items, index++, item);
-      item.consumers = 2;
-    }
+    index = t.dependent() + at.dependents;
     if (x.next_dependent) count = x.after_dependent ? 3 : 3 + kScanBlocks;
   } else {
     item.from = x.first() ? From::start : From::zero;
     if (x.next_dependent) item.to = To::boundary;
     item.first -= x.warm, item.chunks += x.warm, item.warm = x.warm;
     index = at.firsts;
+  }
+  if (x.halved) {
+    item.consumers = 1;
+    put(items, index++, item);
+    item.consumers = 2;
   }
 #pragma unroll 1
   for (int i = 1;; ++i) {

@@ -38,16 +38,20 @@ struct Shape {
   }
 };
 
-// The time of a call with exact pairs in up to `segments` parts, by kModelLanes neighbouring lanes. others: chunks, and what is like them,
-// that the machine has to do besides.
+// The time of a call with exact pairs in up to `segments` parts, by kModelLanes neighbouring lanes; of a large one, with the most parts,
+// instead that of uncut pairs, long ones as two halves of their value columns. others: chunks, and what is like them, that the machine has
+// to do besides.
+template <bool Large>
 __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, const int* exact_in_run, const Outline& outline,
-                                          int segments, int exact, float others, int lane) {
+                                          int segments, float others, int lane) {
   const float P = static_cast<float>(a.multiprocessors), reciprocal = device::reciprocal(P);
   Model m{};
+  m.half_above = kAllWhole;
+  if (Large && segments == kMostSegments) m.half_above = outline.half_above, segments = 1;
   m.wanted =
       rounded_up(static_cast<float>(outline.longest), static_cast<float>(segments), device::reciprocal(static_cast<float>(segments)));
-  unsigned counts = 0;  // boundaries, and in the upper half those that a scan makes
-  int chains = 0, steps = 0;
+  unsigned counts = 0;                              // boundaries, and in the upper half those that a scan makes
+  int chains = 0, steps = 0, whole = 0;             // whole: items of pairs that are not cut, and first segments
   float parts = 0.F, dependents = 0.F, part = 0.F;  // chunks of all; the longest first part
   float last = 0.F, last_half = 0.F;  // what remains to be done when the longest scan has ended, of whole dependents and of halves
 #pragma unroll 1
@@ -56,11 +60,16 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     if (pairs == 0) continue;
     const int chunks = s.run_chunks[r], n = segments_of(chunks, m.wanted), middle = max(0, n - 2);
     const Shape shape(chunks, n, outline.hill);
-    const float first = n > 1 ? shape.first() : static_cast<float>(chunks), behind = static_cast<float>(chunks) - first;
+    const float first = n > 1   ? shape.first()
+                        : Large ? m.time_of(chunks)
+                                : static_cast<float>(chunks),
+                behind = n > 1 ? static_cast<float>(chunks) - first : 0.F;
+    const int firsts = pairs * (n > 1 || !Large ? 1 : m.copies(chunks));
+    whole += firsts;
     counts += pairs * (n - 1 + (middle << 16));
     if (middle > 0) chains += pairs;
     steps = max(steps, middle);
-    parts += pairs * (first + 2 * kStateOnly * (middle > 0 ? behind - shape.base : 0.F)), dependents += pairs * behind;
+    parts += firsts * first + pairs * 2 * kStateOnly * (middle > 0 ? behind - shape.base : 0.F), dependents += pairs * behind;
     const auto left = [&](float chunk) {
       return n > 1 ? fmaxf(chunk * shape.base, chunk * shape.longest() - kScanStep * shape.steps_up()) : 0.F;
     };
@@ -70,15 +79,15 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
 #pragma unroll 1
   for (int o = 1; o < kModelLanes; o <<= 1) {
     counts += __shfl_xor_sync(~0U, counts, o), chains += __shfl_xor_sync(~0U, chains, o);
-    steps = max(steps, __shfl_xor_sync(~0U, steps, o));
+    steps = max(steps, __shfl_xor_sync(~0U, steps, o)), whole += __shfl_xor_sync(~0U, whole, o);
     parts += __shfl_xor_sync(~0U, parts, o), dependents += __shfl_xor_sync(~0U, dependents, o);
     last = fmaxf(last, __shfl_xor_sync(~0U, last, o)), last_half = fmaxf(last_half, __shfl_xor_sync(~0U, last_half, o));
     part = fmaxf(part, __shfl_xor_sync(~0U, part, o));
   }
   const int middles = static_cast<int>(counts >> 16);
   m.boundaries = static_cast<int>(counts & 0xFFFF);
-  m.items[kParts] = exact + 2 * middles, m.items[kScans] = kScanBlocks * chains;
-  m.costs[kParts] = parts + kItem * exact + 2 * kPart * middles;
+  m.items[kParts] = whole + 2 * middles, m.items[kScans] = kScanBlocks * chains;
+  m.costs[kParts] = parts + kItem * whole + 2 * kPart * middles;
   m.costs[kScans] = kScanBlocks * (kScanStep * middles + kScanItem * chains);
   // Multiprocessors that are free when the parts are done: pieces of the line, and whole pairs, take longer.
   const float free = others > 0.F ? fminf(P, static_cast<float>(m.items[kParts])) : P;
@@ -107,11 +116,12 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
 }
 
 // The best of all numbers of segments, the smallest such; by the whole block.
+template <bool Large>
 __device__ __forceinline__ const Model& best_model(const Arguments& a, Shared& s, const int* exact_in_run, const Outline& outline,
-                                                   int exact, float others) {
+                                                   float others) {
   static_assert((kMostSegments & (kMostSegments - 1)) == 0);
   const int lane = threadIdx.x % 32, candidate = threadIdx.x / kModelLanes;
-  const Model m = model_of(a, s, exact_in_run, outline, candidate + 1, exact, others, threadIdx.x % kModelLanes);
+  const Model m = model_of<Large>(a, s, exact_in_run, outline, candidate + 1, others, threadIdx.x % kModelLanes);
   if (threadIdx.x % kModelLanes == 0) s.model[candidate] = m;
   // Times are positive, and so in order as integers; the last bits make room for the number.
   const unsigned mine = (__float_as_uint(m.time) & ~static_cast<unsigned>(kMostSegments - 1)) | candidate;

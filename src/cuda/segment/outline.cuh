@@ -18,12 +18,18 @@ struct alignas(16) Model {
   int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait, or their halves
   float costs[3];  // of all of each
   int boundaries;  // segments that wait
-  bool halves;     // they go out as two halves of their value columns
+  int half_above;  // pairs of more chunks, where they are not cut, go out as two halves of their value columns
+  bool halves;     // segments that wait do
+
+  // Of an exact pair that is not cut: its items, and what one of them takes.
+  __device__ __forceinline__ int copies(int chunks) const { return chunks > half_above ? kTiles : 1; }
+  __device__ __forceinline__ float time_of(int chunks) const { return (chunks > half_above ? kHalf : 1.F) * static_cast<float>(chunks); }
 };
 enum ModelItem { kParts, kScans, kDependents, kModelItems };
 
 struct Outline {
   int listed, runs, longest, longest_whole;  // listed: 0 where no plan could be worth it
+  int half_above;                            // exact pairs of more chunks take longer than the call has to, if neither cut nor in halves
   float whole, uncut;                        // chunks, and what beginning costs, of pairs that are not listed; time of a call without cuts
   bool hill;                                 // middle segments are the longest
 };
@@ -39,12 +45,14 @@ struct Shared {
   unsigned char window[kMostListed];             // chunks within which a pair forgets wherever one looks; 0: it does not
   short exact[kMostListed], warm[kMostListed];   // listed pairs of either kind
   float line[kMostListed];                       // where warm pairs begin on their line
+  float piece[kThreads];                         // where pieces begin, all lines laid end to end
   int2 start[kThreads];                          // of pieces of the line: warm pair and chunk
   Outline outline;
   Model model[kMostSegments];
   unsigned least[kWarps];
   int segment[kMostListed + kMostBoundaries];  // of exact pairs: pair, its number in it, how many that has, a byte each
   signed char warm_here[kMostBoundaries];
+  int shorter[kMostListed];  // where exact pairs are not cut: their items that take less time than this run's
   int figures[2];
   int scratch[2][kMostSums * kWarps];  // used in turn: one barrier a sum is enough
 };
@@ -143,13 +151,21 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
   const int row = (a.sequences.T + kChunk - 1) / kChunk;  // of a call that is not packed
   const Lengths lengths = packed ? measure(a, s) : all_alike(a.sequences.N, row);
   const Uncut uncut_call = uncut(lengths, a.sequences.N, a.HV, a.multiprocessors);
-  x.longest = lengths.longest, x.longest_whole = uncut_call.longest_whole, x.uncut = uncut_call.time;
+  x.longest = lengths.longest, x.longest_whole = uncut_call.longest_whole;
+  x.hill = uncut_call.share * uncut_call.share < static_cast<float>(x.longest);
+  x.uncut = x.hill ? uncut_call.time : kIdle * uncut_call.time + (1.F - kIdle) * uncut_call.busy;
   halves = uncut_call.halves;
   if (!uncut_call.worth_cutting) return 0;
 
   x.whole = uncut_call.total + kItem * static_cast<float>(a.sequences.N) * a.HV;
   if (packed) {
-    if (!list_sequences(a, s, x)) return 0;
+    // Where too many pairs are as long as that, longer ones alone.
+#pragma unroll 1
+    for (int share = 1; !list_sequences(a, s, x); ++share) {
+      if (share == 2) return 0;
+      x.longest_whole *= 2;
+      __syncthreads();
+    }
   } else {
     if (a.sequences.N * a.HV > kMostListed) return 0;
     x.listed = a.sequences.N * a.HV, x.runs = 1, x.whole = 0.F;
@@ -164,7 +180,7 @@ __device__ __forceinline__ int make_outline(const Arguments& a, Shared& s, bool&
     s.pairs[i] = mine;
     s.rows[i] = a.forgotten + static_cast<std::int64_t>(mine.head) * forgotten_row(a.slots) + mine.slot;
   }
-  x.hill = uncut_call.share * uncut_call.share < static_cast<float>(x.longest);
+  x.half_above = static_cast<int>(fmaxf(uncut_call.share, kHalf * static_cast<float>(x.longest)));
   if (i == 0) s.outline = x;
   __syncthreads();
   return x.listed;

@@ -74,12 +74,60 @@ __device__ __forceinline__ void find_windows(const Arguments& a, Shared& s, cons
 
 constexpr float kLineUnit = 16.F;  // of a chunk, in sums of pieces' lengths
 
-// The line of warm pairs, and the pairs on it and off it.
+// The line of warm pairs, and the pairs on it and off it. A gang is as many value heads of one key head, on lines of their own that are cut
+// at the same places: pieces beside one another read the same keys and queries at the same time. Warm pairs that are in no gang form one
+// more line.
 struct Line {
   int pairs, exact;
-  float length, cut;  // with what beginning items costs; what a cut costs
+  float length, cut;  // of all lines, with what beginning items costs; what a cut costs
+  int gang, ganged;   // lines of gangs, and pairs on each
+  float gang_length;  // of each
+  __device__ __forceinline__ int loose() const { return pairs - gang * ganged; }
+  __device__ __forceinline__ float loose_length() const { return length - gang * gang_length; }
 };
 
+// How many warm pairs of one key head best make a gang, and this thread's place among those of its own.
+struct Members {
+  int all, before, gang;
+};
+__device__ __forceinline__ Members find_members(const Shared& s, unsigned group, bool warm, int warm_pairs) {
+  Members x{0, 0, 1};
+  const int i = threadIdx.x, first = warm ? i - static_cast<int>(static_cast<unsigned>(s.pairs[i].head) % group) : 0;
+#pragma unroll 1
+  for (int j = first; warm && j < first + static_cast<int>(group); ++j) {
+    if (s.window[j] > 0) ++x.all, x.before += j < i ? 1 : 0;
+  }
+  int most = warm_pairs / kWorthGangs;  // loads of keys and queries that are saved
+#pragma unroll 1
+  for (int gang = 2; gang <= kMostGang; ++gang) {
+    const int saved = (gang - 1) * __syncthreads_count(warm && x.before == 0 && x.all >= gang);
+    if (saved > most) most = saved, x.gang = gang;
+  }
+  return x;
+}
+
+// Arranges the lines of gangs, where gangs are worth it.
+__device__ __forceinline__ void arrange_gangs(Shared& s, unsigned group, Line& line) {
+  const int i = threadIdx.x;
+  const bool warm = s.window[i] > 0;
+  const Members members = find_members(s, group, warm, line.pairs);
+  if (members.gang == 1) return;
+  const bool ganged = warm && members.all >= members.gang && members.before < members.gang, leads = ganged && members.before == 0;
+  const bool loose = warm && !ganged;
+  const int chunks = warm ? s.pairs[i].chunks : 0;
+  int at[3] = {(leads ? 1 : 0) | (loose ? 1 << 16 : 0), leads ? chunks : 0, loose ? chunks : 0}, all[3];
+  block_sums(at, all, s.scratch[1]);
+  line.gang = members.gang, line.ganged = all[0] & 0xFFFF, line.gang_length = all[1] + kItem * line.ganged;
+  if (ganged) {
+    const int before = (at[0] & 0xFFFF) - (leads ? 0 : 1), where = members.before * line.ganged + before;
+    s.warm[where] = static_cast<short>(i), s.line[where] = at[1] - (leads ? 0 : chunks) + kItem * before;
+  } else if (loose) {
+    const int before = at[0] >> 16, where = line.gang * line.ganged + before;
+    s.warm[where] = static_cast<short>(i), s.line[where] = at[2] + kItem * before;
+  }
+}
+
+template <bool Large>
 __device__ __forceinline__ Line sort_pairs(const Arguments& a, Shared& s, const Outline& outline, int pass) {
   const int i = threadIdx.x;
   const bool here = i < outline.listed;
@@ -99,14 +147,16 @@ __device__ __forceinline__ Line sort_pairs(const Arguments& a, Shared& s, const 
   line.pairs = all[0] & 0xFFFF, line.exact = outline.listed - line.pairs;
   line.length = all[1] + kItem * line.pairs;
   if (line.pairs > 0) line.cut = kStateOnly * (all[0] >> 16) * device::reciprocal(static_cast<float>(line.pairs)) + kItem;
+  line.gang = 1, line.ganged = line.pairs, line.gang_length = line.length;
+  if constexpr (Large) arrange_gangs(s, a.group, line);
   return line;
 }
 
-// Where a piece begins: listed warm pair and chunk; a chunk too near an end moves there.
-__device__ __forceinline__ int2 start_of(const Shared& s, const Line& line, float at) {
-  int k = 0;
+// Where a piece begins: listed warm pair, of `pairs` from `first` on, and chunk; a chunk too near an end moves there.
+__device__ __forceinline__ int2 start_of(const Shared& s, int first, int pairs, float at) {
+  int k = first;
 #pragma unroll 1
-  for (int size = line.pairs; size > 1;) {
+  for (int size = pairs; size > 1;) {
     const int half = size / 2;
     if (s.line[k + half] <= at) k += half;
     size -= half;
@@ -114,6 +164,27 @@ __device__ __forceinline__ int2 start_of(const Shared& s, const Line& line, floa
   const int pair = s.warm[k], chunks = s.pairs[pair].chunks, chunk = static_cast<int>(rintf(at - s.line[k] - kItem));
   if (chunk < max(kShortest, static_cast<int>(s.window[pair]))) return make_int2(k, 0);
   return chunks - chunk < kShortest ? make_int2(k + 1, 0) : make_int2(k, chunk);
+}
+
+// This thread's piece: from `at` on of the `pairs` warm ones from `first` on. The one behind it is thread next's; -1: it has the rest.
+struct Piece {
+  int first, pairs, next, pieces;  // pieces: of all threads
+  float at;
+};
+// From s.piece, of `used` threads. As many neighbours as a gang has take a turn: one place on each of its lines.
+__device__ __forceinline__ Piece find_piece(const Shared& s, const Line& line, int used) {
+  const int i = threadIdx.x, gang = line.gang;
+  const int member = static_cast<int>(static_cast<unsigned>(i) % gang), most = line.loose() > 0 ? used - 1 : used;
+  const auto at = [&](int k) { return k < used ? s.piece[k] : line.length; };
+  const bool within = member == 0 && i + gang <= most && 0.5F * (at(i) + at(i + gang)) < gang * line.gang_length;
+  const int last = max(1, __syncthreads_count(within)) * gang, pieces = last + (line.loose() > 0 ? max(1, used - last) : 0);
+  const float end = at(last);
+  if (i < last) {
+    return {member * line.ganged, line.ganged, i + gang < last ? i + gang : -1, pieces,
+            s.piece[i - member] * line.gang_length * device::reciprocal(end)};
+  }
+  return {gang * line.ganged, line.loose(), i + 1 < pieces ? i + 1 : -1, pieces,
+          i < used ? (s.piece[i] - end) * line.loose_length() * device::reciprocal(fmaxf(line.length - end, 1.F)) : 0.F};
 }
 
 // Segment k of the exact pairs: pair, number, count.
@@ -162,17 +233,52 @@ __device__ __forceinline__ void emit_line(const Arguments& a, Shared& s, const L
   }
 }
 
-// Chunks for this thread's piece of the line, so that with its share of everything else each multiprocessor has the same load.
-__device__ __forceinline__ float room_of_piece(const Arguments& a, const Model& m, float whole, float cut) {
-  const int P = a.multiprocessors, i = threadIdx.x;
-  if (i >= P) return -1.F;
+// Ranks runs by the time of their exact pairs' items, where no pair is cut.
+__device__ __forceinline__ void rank_runs(Shared& s, const int* exact_in_run, const Model& m) {
+  const Outline& outline = s.outline;
+  const int i = threadIdx.x;
+  if (i >= outline.runs) return;
+  const float mine = m.time_of(s.run_chunks[i]);
+  int shorter = 0;
+#pragma unroll 1
+  for (int r = 0; r < outline.runs; ++r) {
+    const float time = m.time_of(s.run_chunks[r]);
+    if (time < mine || (time == mine && r < i)) shorter += exact_in_run[r] * m.copies(s.run_chunks[r]);
+  }
+  s.shorter[i] = shorter;
+}
+
+// What the item of this rank takes.
+__device__ __forceinline__ float cost_of_rank(const Shared& s, const int* exact_in_run, const Model& m, int rank) {
+  float cost = 0.F;
+#pragma unroll 1
+  for (int r = 0; r < s.outline.runs; ++r) {
+    const int chunks = s.run_chunks[r], more = rank - s.shorter[r];
+    if (more >= 0 && more < exact_in_run[r] * m.copies(chunks)) cost = m.time_of(chunks) + kItem;
+  }
+  return cost;
+}
+
+// Chunks for this thread's piece of the line, so that with its share of everything else each multiprocessor has the same load. Pieces are
+// taken in order, so in large calls those behind uncut pairs by the first multiprocessors that have ended one. The later, the less room: a
+// gang has as much as its last piece.
+template <bool Large>
+__device__ __forceinline__ float room_of_piece(const Arguments& a, const Shared& s, const int* exact_in_run, const Model& m,
+                                               const Line& line) {
+  const int P = a.multiprocessors;
+  int i = threadIdx.x;
+  if (line.pairs == 0 || i >= P) return -1.F;
+  if constexpr (Large) i = min(P - 1, static_cast<int>(static_cast<unsigned>(i) / line.gang) * line.gang + line.gang - 1);
   const float reciprocal = device::reciprocal(static_cast<float>(P));
-  float room = m.time - whole * reciprocal - cut;
+  float room = m.time - s.outline.whole * reciprocal - line.cut;
 #pragma unroll 1
   for (int kind = 0; kind < kModelItems; ++kind) {  // the last pieces take what is over
     const int items = m.items[kind], even = static_cast<int>((items + 0.5F) * reciprocal),
               here = even + (i >= P - (items - even * P) ? 1 : 0);
-    if (here > 0) room -= here * m.costs[kind] * device::reciprocal(static_cast<float>(items));
+    if (here == 0) continue;
+    float cost = m.costs[kind] * device::reciprocal(static_cast<float>(items));
+    if (Large && m.boundaries == 0 && even == 0) cost = cost_of_rank(s, exact_in_run, m, i - (P - items));  // of firsts alone
+    room -= here * cost;
   }
   return room;
 }
@@ -184,6 +290,7 @@ struct Outcome {
 };
 
 // halves: how pairs go out if nothing is cut.
+template <bool Large>
 __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, int pass, bool rehearsing, bool halves) {
   const Outline& outline = s.outline;
   const int i = threadIdx.x, P = a.multiprocessors;
@@ -193,9 +300,10 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
     find_windows(a, s, outline, s.fails[pass], rehearsing);
     __syncthreads();
   }
-  const Line line = sort_pairs(a, s, outline, pass);
-  const Model& m = best_model(a, s, s.run_exact[pass], outline, line.exact, line.length + outline.whole + P * line.cut);
-  if ((outline.hill ? kHillImbalance : kImbalance) * m.time + kGain > outline.uncut) return outcome;
+  const Line line = sort_pairs<Large>(a, s, outline, pass);
+  const Model& m = best_model<Large>(a, s, s.run_exact[pass], outline, line.length + outline.whole + P * line.cut);
+  const bool even = outline.hill || (line.pairs > 0 && m.boundaries == 0);
+  if ((even ? kEvenImbalance * m.time + kEvenGain : kImbalance * m.time + kGain) > outline.uncut) return outcome;
 
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
   const int segments = line.exact + m.boundaries, each = (segments + kThreads - 1) / kThreads;
@@ -203,13 +311,15 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   const auto warm_of = [&](int boundary) { return s.warm_here[boundary]; };
   Counts numbers{};
   Tickets t{};
-  int2 begin = make_int2(line.pairs, 0);
-  int warm = 0, pieces = 0;
+  Piece mine{};
+  int2 begin{};
+  int warm = 0;
 #pragma unroll 1
   for (int stage = 0; stage < 3; ++stage) {
+    if (Large && stage == 0 && m.boundaries == 0) rank_runs(s, s.run_exact[pass], m);
     if (stage == 1) __syncthreads();
     if (stage == 2) {
-      const float room = line.pairs > 0 ? room_of_piece(a, m, outline.whole, line.cut) : -1.F;
+      const float room = room_of_piece<Large>(a, s, s.run_exact[pass], m, line);
       int at[5] = {numbers.firsts | numbers.scans << 16, numbers.parts | numbers.dependents << 16, warm,
                    room >= kShortest ? static_cast<int>(room * kLineUnit) : 0,
                    room >= 0.F ? static_cast<int>((room + kShortest) * kLineUnit) : 0};
@@ -223,22 +333,25 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       const float piece = (longer ? at[4] : at[3]) / kLineUnit * fmaxf(1.F, line.length * device::reciprocal(fmaxf(total, 1.F)));
       // Pieces without room are empty and cost a ticket; those behind the line's end are none. Without any room, one piece is the line.
       const bool used = line.pairs > 0 && (total > 0.F ? (longer ? room4 : room3) && piece < line.length : i == 0);
+      s.piece[i] = piece;
+      const int pieces = __syncthreads_count(used);
+      mine = {0, line.pairs, i + 1 < pieces ? i + 1 : -1, pieces, piece};
+      if (Large && line.gang > 1) mine = find_piece(s, line, pieces);
       warm = 0;
-      if (used) begin = start_of(s, line, piece);
+      if (i < mine.pieces) begin = start_of(s, mine.first, mine.pairs, mine.at);
       if (begin.y > 0) {
         warm = warm_up(s.rows[s.warm[begin.x]] + begin.y, begin.y, a.enough);
         if (rehearsing) warm = 1;
       }
       s.start[i] = begin;
-      pieces = __syncthreads_count(used);
+      __syncthreads();
       t.firsts = all[0] & 0xFFFF, t.parts = all[1] & 0xFFFF, t.scans = all[0] >> 16, t.dependents = all[1] >> 16;
       const int running = t.firsts + t.parts;
       const int over = running - static_cast<int>((running + 0.5F) * device::reciprocal(static_cast<float>(P))) * P;
-      t.early_pieces = running == 0 ? pieces : min(pieces, over == 0 ? 0 : P - over);
-      t.late_pieces = pieces - t.early_pieces;
-      t.late_last = t.dependents <= kShortScan * line.exact;
-      outcome.exact = t.dependents;
-      if (m.halves) t.dependents *= 2;
+      t.early_pieces = running == 0 ? mine.pieces : min(mine.pieces, over == 0 ? 0 : P - over);
+      t.late_pieces = mine.pieces - t.early_pieces;
+      outcome.exact = m.halves ? t.dependents / kTiles : t.dependents;
+      t.late_last = outcome.exact <= kShortScan * line.exact;
       numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
     }
 #pragma unroll 1
@@ -257,20 +370,22 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
         continue;
       }
       look_around(x, warm_of);
-      if (stage == 2) emit(a.plan.items, x, t, numbers, m.halves, warm_of);
+      x.halved = x.dependent ? m.halves : Large && x.count == 1 && m.copies(x.pair.chunks) > 1;
+      if (stage == 2) emit(a.plan.items, x, t, numbers, warm_of);
       numbers.add(x);
       if (stage == 1) warm += x.warm;
     }
   }
-  if (i < pieces) {
-    const int2 end = i + 1 < pieces ? s.start[i + 1] : make_int2(line.pairs, 0);
+  if (i < mine.pieces) {
+    const int2 end = mine.next >= 0 ? s.start[mine.next] : make_int2(mine.first + mine.pairs, 0);
     emit_line(a, s, line, t, begin, end, warm, a.counts != nullptr && !rehearsing);
   }
   outcome.tickets = t.count(), outcome.longest_whole = outline.longest_whole;
-  outcome.warm = t.firsts - line.exact, outcome.halves = false;
+  outcome.warm = m.boundaries - outcome.exact, outcome.halves = false;
   return outcome;
 }
 
+template <bool Large>
 __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_constant__ Arguments a) {
   __shared__ Shared s;
   device::allow_dependent_launch();
@@ -306,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_kernel(const __grid_
         if (threadIdx.x < 2) s.figures[threadIdx.x] = 0;
       }
     }
-    if (listed > 0) outcome = plan_by_cost(a, s, pass, pass == 0 && !early, halves);
+    if (listed > 0) outcome = plan_by_cost<Large>(a, s, pass, pass == 0 && !early, halves);
   }
   if (listed > 0) hand_it_out();
   if (threadIdx.x != 0 || a.counts == nullptr) return;

@@ -18,9 +18,9 @@ Room room_of(std::int64_t pairs, std::int64_t chunk_numbers, std::int64_t heads,
     room.boundaries = std::min<std::int64_t>(kMostBoundaries, most / kShortest);
   }
   const std::int64_t listed = forced > 0 || fixed ? pairs : std::min<std::int64_t>(kMostListed, pairs);
-  // By kind: firsts, transitions and local states, scans of two boundaries or more, dependents in halves; pieces of the line and what goes
-  // on in them.
-  room.items = listed + room.boundaries * (1 + 2 + kScanBlocks / 2 + kTiles) + kThreads + listed + 1;
+  // By kind: firsts or halves of whole pairs, transitions and local states, scans of two boundaries or more, dependents in halves; pieces
+  // of the line and what goes on in them.
+  room.items = kTiles * listed + room.boundaries * (1 + 2 + kScanBlocks / 2 + kTiles) + kThreads + listed + 1;
   return room;
 }
 
@@ -36,7 +36,7 @@ cudaError_t launch(const Arguments& arguments, cudaStream_t stream) {
   config.attrs = &overlap;
   config.numAttrs = 1;
   const bool alike = arguments.mode != Mode::off && (arguments.forced > 0 || arguments.fixed);
-  return cudaLaunchKernelEx(&config, alike ? plan_alike_kernel : plan_kernel, arguments);
+  return cudaLaunchKernelEx(&config, alike ? plan_alike_kernel : arguments.large ? plan_kernel<true> : plan_kernel<false>, arguments);
 }
 
 }  // namespace flashdelta::cuda::segment

@@ -15,6 +15,8 @@ enum class Mode : std::int32_t { off, automatic, exact };
 struct Arguments {
   Sequences sequences;
   int HV, slots, multiprocessors;
+  int group;   // value heads of a key head
+  bool large;  // what L2 does not keep matters, and the plan may take longer
   Mode mode;
   bool fixed;           // batch_invariant
   int forced;           // segments of every pair; 0: planned

@@ -36,6 +36,7 @@ __host__ __device__ __forceinline__ float rounded_up(float items, float per, flo
 // Times in chunks.
 struct Uncut {
   float time, total;   // of the call; of all its chunks one after another
+  float busy;          // time that a multiprocessor is busy of the call's, on average
   float share;         // of a multiprocessor
   int longest_whole;   // pairs of at most as many chunks are never cut
   bool halves;         // pairs are best taken as two halves
@@ -47,15 +48,20 @@ __host__ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, i
   x.total = static_cast<float>(lengths.sum) * HV;
   x.share = x.total * reciprocal;
   const float begins = kItem * pairs * reciprocal;
+  // Of sequences that are not empty.
+  const bool alike = lengths.longest == lengths.shortest;
+  const float same = alike ? x.total * device::reciprocal(fmaxf(1.F, static_cast<float>(lengths.longest))) : 0.F;
   const auto time = [&](float chunk, float copies) {
     const float longest = chunk * lengths.longest;
-    return lengths.longest == lengths.shortest ? rounded_up(copies * pairs, P, reciprocal) * (longest + kItem)
-                                               : fmaxf(longest + kItem, copies * (chunk * x.share + begins) + 0.5F * longest);
+    return alike ? rounded_up(copies * same, P, reciprocal) * (longest + kItem)
+                 : fmaxf(longest + kItem, copies * (chunk * x.share + begins) + 0.5F * longest);
   };
   const float whole = time(1.F, 1.F), as_halves = time(kHalf, 2.F);
   x.halves = as_halves < whole, x.time = fminf(whole, as_halves);
+  x.busy = fminf(x.time, x.halves ? kTiles * (kHalf * x.share + begins) : x.share + begins);
   x.longest_whole = max(static_cast<int>(x.share * kNeverCut), 2 * kShortest - 1);
-  x.worth_cutting = lengths.longest > x.longest_whole && kImbalance * (x.share + begins) + kPlan <= x.time;
+  const bool listable = same < kMostListed + 0.5F;
+  x.worth_cutting = listable && lengths.longest > x.longest_whole && kAtBest * (x.share + begins) + kPlan <= x.time;
   return x;
 }
 
