@@ -216,7 +216,7 @@ TEST_P(CudaLongSegments, HoldTheContractHoweverACallIsCut) {
 }
 
 // Calls so large that the plan looks at more: pairs that are cut at the same places as others of their key head, pairs on lines of their
-// own, and pairs without gates as two halves among them.
+// own, and pairs without gates as two halves among them, or cut late (those two, and GangsOfTwoAndOthers).
 const LongCase kLarge[] = {
     {.name = "HalvesAmongGangsOfThree", .T = 8192, .H = 16, .HV = 64, .cu_seqlens = {0, 6144, 8192}},
     {.name = "HalvesShortestFirst", .T = 8192, .H = 16, .HV = 64, .cu_seqlens = {0, 1000, 1065, 2100, 8192}, .gates = Gates::turns},
@@ -229,6 +229,8 @@ const LongCase kLarge[] = {
      .cu_seqlens = {0, 1, 66, 66, 9000, 12290},
      .gates = Gates::minus_5,
      .in_place = true},
+    {.name = "LateInPlace", .T = 8192, .H = 12, .HV = 48, .cu_seqlens = {0, 6144, 8192}, .in_place = true},
+    {.name = "LateWhole", .T = 9470, .H = 10, .HV = 40, .cu_seqlens = {0, 8190, 9470}, .dtype = DType::f16},
     {.name = "GangsOfFourOfTen", .T = 20480, .H = 4, .HV = 40, .gates = Gates::minus_5},
 };
 

@@ -6,6 +6,7 @@
 
 #include "cuda/cuda.hpp"
 #include "gpu/record.hpp"
+#include "gpu/shared_memory.hpp"
 #include "support/contract.hpp"
 
 namespace flashdelta::testing {
@@ -145,6 +146,7 @@ void DeviceCall::write(const std::string& name, const HostTensor& values) { inpu
 void DeviceCall::write_cu_seqlens(const std::vector<std::int64_t>& values) { cu_seqlens_.write(values); }
 
 void DeviceCall::poison() {
+  poison_shared_memory(nullptr);
   workspace_.fill(poison_.workspace);
   for (auto& [name, tensor] : outputs_) {
     HostTensor values = tensor.host();
@@ -174,6 +176,7 @@ Tensors DeviceCall::results() {
 
 Tensors cuda_forward(const Call& call, Operation operation, Poison poison) {
   DeviceCall device(call, operation, poison);
+  poison_shared_memory(nullptr);
   const std::string error = device.launch();
   EXPECT_EQ(device.status(), FLASHDELTA_OK) << error << "; " << call.made_from;
   if (device.status() != FLASHDELTA_OK) return {};

@@ -49,7 +49,7 @@ class DeviceCall {
   // Other values for what is on the device; sizes stay.
   void write(const std::string& name, const HostTensor& values);
   void write_cu_seqlens(const std::vector<std::int64_t>& values);
-  // Outputs and workspace as before the first launch.
+  // Outputs, workspace and shared memory as before the first launch.
   void poison();
 
   // After the stream was waited for: the outputs. Fails the test where anything but outputs and workspace was written.
@@ -71,7 +71,8 @@ class DeviceCall {
   flashdelta_status status_ = FLASHDELTA_OK;
 };
 
-// Launches and waits; a failure of any kind fails the test. Outputs: o, final_state, and the saved tensors that are wanted.
+// Launches on poisoned shared memory and waits; a failure of any kind fails the test. Outputs: o, final_state, and the saved tensors that
+// are wanted.
 Tensors cuda_forward(const Call& call, Operation operation = Operation::chunk_forward, Poison poison = {});
 
 // Holds o and final_state to the contract and notes their errors in the record.

@@ -88,6 +88,16 @@ TEST_P(CudaEdges, RawGatesOfEverySizeDoNotOverflowSoftplus) {
   }
 }
 
+// There `prepare` looks at the gates of all chunks first, two at a time; CTAs with an odd number of them have a last one alone.
+TEST_P(CudaEdges, RawGatesOfCallsThatMayBeWorthACut) {
+  for (const std::int64_t group : {1, 2, 3, 4, 5}) {
+    for (const bool with_bias : {false, true}) {
+      run_and_expect_contract(cuda_call(
+          {.name = "RawGates", .T = 1435, .H = 1, .HV = group, .dtype = GetParam(), .gate = Gate::in_kernel, .dt_bias = with_bias}));
+    }
+  }
+}
+
 TEST_P(CudaEdges, LogitsOfEverySizeGiveBetasFromZeroToTwo) {
   for (const Beta kind : {Beta::sigmoid, Beta::sigmoid_twice}) {
     for (const double size : {1.0, 20.0, 200.0}) {

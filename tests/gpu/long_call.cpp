@@ -6,6 +6,7 @@
 
 #include "gpu/device_call.hpp"
 #include "gpu/record.hpp"
+#include "gpu/shared_memory.hpp"
 #include "support/contract.hpp"
 
 namespace flashdelta::testing {
@@ -105,6 +106,7 @@ void LongCall::poison() {
   }
   if (case_.in_place) copy(tensor("initial_state"), tensor("final_state"));
   if (workspace_) workspace_->fill(kNaNByte);
+  poison_shared_memory(nullptr);
 }
 
 flashdelta_forward_args LongCall::args() const { return args_; }

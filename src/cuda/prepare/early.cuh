@@ -47,7 +47,8 @@ __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* plac
       for (int u = 0; u < 2; ++u) {
         const Place& at = place[n + u];
         Gates x{device::from_bits(bits[u][0], a.g.type), device::from_bits(bits[u][1], a.g.type), 0.F, 0.F};
-        if (a.gate_in_kernel) x = activate_raw(a, x, at.h * a.group + min(head, a.group - 1));
+        // Where there is no second chunk, `at` has no more than its rows.
+        if (a.gate_in_kernel) x = activate_raw(a, x, at.rows > 0 ? at.h * a.group + min(head, a.group - 1) : 0);
         sums[u] = (lane < at.rows ? held_up(x.g0) : 0.F) + (lane + 32 < at.rows ? held_up(x.g1) : 0.F);
       }
       const bool upper = lane >= 16;  // has the second chunk's sum

@@ -14,6 +14,8 @@ constexpr int kMostWarmUp = 8;
 constexpr float kStateOnly = 0.7F;
 // A chunk of half the value columns, one consumer's, against both, where all multiprocessors are busy: its products wait for one another.
 constexpr float kHalf = 0.62F;
+// The same beside whole pairs: the clock is that of the others.
+constexpr float kHalfBeside = 0.69F;
 // A chunk where few multiprocessors are busy, against one where all are: the clock is higher.
 constexpr float kIdle = 0.83F;
 // Beginning and ending an item: reading a state, filling the pipeline, writing a state. More where that is written in pairs of bf16 and
@@ -24,6 +26,12 @@ constexpr float kScanItem = 2.F, kScanStep = 0.7F;
 
 // A pair's first segment against its others: it is run whole while theirs are run for the state alone, and all wait for the slowest.
 constexpr float kFirstShare = kStateOnly;
+// In large calls the model also looks at late cuts: a first segment that is so many times as long as those behind it, 2 to 4 of them, whole
+// or as two halves of its value columns. The highest numbers of segments make room for them: no large call is best cut in so many.
+constexpr int kLateCounts = 3, kLateShares = 5, kLateCuts = 2 * kLateCounts * kLateShares;
+constexpr float kLateShare = 1.15F, kLateStep = 1.57F;
+// Chunks of the longest pair's shortest segment in one: those of others, less than half as long, still have kShortest.
+constexpr float kLateShortest = 6.F;
 
 // Chunks that a segment has more than its neighbour nearer to an end of the pair. The scan takes a step at a time, so what comes later in
 // it may be longer, by a step, as long as its parts are run; and what is told of later must be shorter.
@@ -45,6 +53,8 @@ constexpr float kNeverCut = 0.25F;
 constexpr float kAtBest = 1.25F, kPlan = 7.F;
 // Once the plan has been made: what it promises takes so many times as long, and it must save so much.
 constexpr float kImbalance = 1.05F, kGain = 6.F;
+// Of a late cut, whose parts leave multiprocessors something to do until the scan.
+constexpr float kLateImbalance = 1.F;
 // The same where little waits for one another: of a hill, which has room for all items at once, and where only warm pairs are cut.
 constexpr float kEvenImbalance = 1.1F, kEvenGain = 3.F;
 

@@ -11,14 +11,19 @@ __device__ __forceinline__ int segments_of(int chunks, float wanted) {
   return max(1, min(static_cast<int>(rounded_up(all, wanted, device::reciprocal(wanted))),
                     static_cast<int>(static_cast<unsigned>(chunks) / kShortest)));
 }
-// How a pair is cut: its first segment has kFirstShare * base chunks, the next one base, and so has the last; between them each has `slope`
+// Of a candidate.
+__device__ __forceinline__ int segments_of(int chunks, const Model& m) {
+  if (m.late > 0) return chunks > m.late_above ? m.late : 1;
+  return segments_of(chunks, m.wanted);
+}
+// How a pair is cut: its first segment has share * base chunks, the next one base, and so has the last; between them each has `slope`
 // more than the one beside it that is nearer to an end.
 struct Shape {
-  float base, slope;
+  float base, slope, share;
   int segments;
 
-  __device__ __forceinline__ Shape(int chunks, int n, bool hill) : segments(n) {
-    const float all = static_cast<float>(chunks), flat = n - 1 + kFirstShare;  // of a flat cut: chunks / base
+  __device__ __forceinline__ Shape(int chunks, int n, bool hill, float first_share) : share(first_share), segments(n) {
+    const float all = static_cast<float>(chunks), flat = n - 1 + share;  // of a flat cut: chunks / base
     const int rise = all_rise();
     slope = hill ? kRise : 0.F;
     if (all < kShortest * flat + slope * rise)
@@ -27,44 +32,64 @@ struct Shape {
   }
   // The sum of all segments' steps up from base.
   __device__ __forceinline__ int all_rise() const { return (segments - 2) * (segments - 2) / 4; }
-  __device__ __forceinline__ float first() const { return kFirstShare * base; }
+  __device__ __forceinline__ float first() const { return share * base; }
   __device__ __forceinline__ int steps_up() const { return max(0, (segments - 2) / 2); }
   __device__ __forceinline__ float longest() const { return base + slope * steps_up(); }
   // Where segment j > 0 begins.
   __device__ __forceinline__ int begin(int j) const {
     const int before = j - 1, behind = segments - j;
     const int rise = before <= behind ? before * (before - 1) / 2 : all_rise() - behind * (behind - 1) / 2;
-    return static_cast<int>(__fmaf_rn(slope, static_cast<float>(rise), __fmul_rn(before + kFirstShare, base)));
+    return static_cast<int>(__fmaf_rn(slope, static_cast<float>(rise), __fmul_rn(before + share, base)));
   }
 };
 
-// The time of a call with exact pairs in up to `segments` parts, by kModelLanes neighbouring lanes; of a large one, with the most parts,
-// instead that of uncut pairs, long ones as two halves of their value columns. others: chunks, and what is like them, that the machine has
-// to do besides.
+// What candidate number `segments` is: so many parts of the longest pair; but in a large call the last number stands for uncut pairs, long
+// ones as two halves of their value columns, and those in front of it for late cuts.
+template <bool Large>
+__device__ __forceinline__ Model candidate_of(const Outline& outline, int segments) {
+  Model m{};
+  m.half_above = kAllWhole, m.share = kFirstShare;
+  const int number = segments - (kMostSegments - kLateCuts);  // of late cuts, from 0 on
+  if (Large && segments == kMostSegments) {
+    m.half_above = outline.half_above, segments = 1;
+  } else if (Large && number >= 0) {
+    const int behind = 2 + number % kLateCounts;  // segments behind the first
+    const bool halves = number / kLateCounts % 2 != 0;
+    float share = kLateShare;
+#pragma unroll 1
+    for (int i = number / (2 * kLateCounts); i > 0; --i) share *= kLateStep;
+    const float base = static_cast<float>(outline.longest) * device::reciprocal(share + behind), first = share * base;
+    if (base >= kLateShortest) {
+      m.share = share, m.late = behind + 1, m.late_above = static_cast<int>(first + base);
+      if (halves) m.half_above = static_cast<int>(fminf(kHalfBeside * (first + base), first)) - 1;
+    }
+  }
+  m.wanted =
+      rounded_up(static_cast<float>(outline.longest), static_cast<float>(segments), device::reciprocal(static_cast<float>(segments)));
+  return m;
+}
+
+// The time of a call with exact pairs cut as candidate `segments` says, by kModelLanes neighbouring lanes. others: chunks, and what is like
+// them, that the machine has to do besides.
 template <bool Large>
 __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, const int* exact_in_run, const Outline& outline,
                                           int segments, float others, int lane) {
   const float P = static_cast<float>(a.multiprocessors), reciprocal = device::reciprocal(P);
-  Model m{};
-  m.half_above = kAllWhole;
-  if (Large && segments == kMostSegments) m.half_above = outline.half_above, segments = 1;
-  m.wanted =
-      rounded_up(static_cast<float>(outline.longest), static_cast<float>(segments), device::reciprocal(static_cast<float>(segments)));
+  Model m = candidate_of<Large>(outline, segments);
   unsigned counts = 0;                              // boundaries, and in the upper half those that a scan makes
   int chains = 0, steps = 0, whole = 0;             // whole: items of pairs that are not cut, and first segments
   float parts = 0.F, dependents = 0.F, part = 0.F;  // chunks of all; the longest first part
+  constexpr float half = Large ? kHalfBeside : kHalf;
   float last = 0.F, last_half = 0.F;  // what remains to be done when the longest scan has ended, of whole dependents and of halves
 #pragma unroll 1
   for (int r = lane; r < outline.runs; r += kModelLanes) {
     const int pairs = exact_in_run[r];
     if (pairs == 0) continue;
-    const int chunks = s.run_chunks[r], n = segments_of(chunks, m.wanted), middle = max(0, n - 2);
-    const Shape shape(chunks, n, outline.hill);
-    const float first = n > 1   ? shape.first()
-                        : Large ? m.time_of(chunks)
-                                : static_cast<float>(chunks),
-                behind = n > 1 ? static_cast<float>(chunks) - first : 0.F;
-    const int firsts = pairs * (n > 1 || !Large ? 1 : m.copies(chunks));
+    const int chunks = s.run_chunks[r], n = Large ? segments_of(chunks, m) : segments_of(chunks, m.wanted), middle = max(0, n - 2);
+    const Shape shape(chunks, n, outline.hill, Large ? m.share : kFirstShare);
+    const float length = n > 1 ? shape.first() : static_cast<float>(chunks), behind = static_cast<float>(chunks) - length;
+    const float first = Large ? m.time_of(length) : length;
+    const int firsts = pairs * (Large ? m.copies(length) : 1);
     whole += firsts;
     counts += pairs * (n - 1 + (middle << 16));
     if (middle > 0) chains += pairs;
@@ -73,8 +98,9 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
     const auto left = [&](float chunk) {
       return n > 1 ? fmaxf(chunk * shape.base, chunk * shape.longest() - kScanStep * shape.steps_up()) : 0.F;
     };
-    last = fmaxf(last, left(1.F)), last_half = fmaxf(last_half, left(kHalf));
+    last = fmaxf(last, left(1.F)), last_half = fmaxf(last_half, left(half));
     part = fmaxf(part, first + kItem);
+    if (Large && m.late > 0 && middle > 0) part = fmaxf(part, kStateOnly * shape.base + kPart);
   }
 #pragma unroll 1
   for (int o = 1; o < kModelLanes; o <<= 1) {
@@ -103,11 +129,13 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
   };
   const float parts_mean = mean(m.items[kParts], m.costs[kParts]);
   chain += before_last_round(m.items[kParts], m.costs[kParts]) + (outline.hill ? part : fmaxf(part, parts_mean));
+  // Late cuts are for machines that have room for all of their parts at once.
+  if (Large && m.late > 0 && (outline.hill || static_cast<float>(m.items[kParts]) > P)) m.boundaries = a.most_boundaries + 1;
   // What waits for a scan ends a call. As halves it ends sooner, and takes more of the machine.
   m.time = 1e30F;
 #pragma unroll 1
   for (int copies = 1; copies <= 2 && m.boundaries <= a.most_boundaries; ++copies) {
-    const float chunk = copies == 1 ? 1.F : kHalf, cost = copies * (chunk * dependents + kItem * m.boundaries);
+    const float chunk = copies == 1 ? 1.F : half, cost = copies * (chunk * dependents + kItem * m.boundaries);
     const float load = (m.costs[kParts] + m.costs[kScans] + cost + others) * reciprocal;
     const float time = fmaxf(load, chain + before_last_round(copies * m.boundaries, cost) + (copies == 1 ? last : last_half) + kItem);
     if (time < m.time) m.time = time, m.items[kDependents] = copies * m.boundaries, m.costs[kDependents] = cost, m.halves = copies == 2;

@@ -18,12 +18,15 @@ struct alignas(16) Model {
   int items[3];    // firsts, transitions and local states; column blocks of scans; segments that wait, or their halves
   float costs[3];  // of all of each
   int boundaries;  // segments that wait
-  int half_above;  // pairs of more chunks, where they are not cut, go out as two halves of their value columns
-  bool halves;     // segments that wait do
+  int half_above;  // firsts of more chunks go out as two halves of their value columns
+  int late_above;  // of a late cut: pairs of more chunks are cut, in `late` segments
+  int late;        // 0: no late cut
+  float share;     // a first segment's length over that of the next
+  bool halves;     // segments that wait go out as halves
 
-  // Of an exact pair that is not cut: its items, and what one of them takes.
-  __device__ __forceinline__ int copies(int chunks) const { return chunks > half_above ? kTiles : 1; }
-  __device__ __forceinline__ float time_of(int chunks) const { return (chunks > half_above ? kHalf : 1.F) * static_cast<float>(chunks); }
+  // Of a first segment, or an exact pair that is not cut: its items, and what one of them takes.
+  __device__ __forceinline__ int copies(float chunks) const { return chunks > static_cast<float>(half_above) ? kTiles : 1; }
+  __device__ __forceinline__ float time_of(float chunks) const { return (copies(chunks) > 1 ? kHalfBeside : 1.F) * chunks; }
 };
 enum ModelItem { kParts, kScans, kDependents, kModelItems };
 
@@ -52,7 +55,7 @@ struct Shared {
   unsigned least[kWarps];
   int segment[kMostListed + kMostBoundaries];  // of exact pairs: pair, its number in it, how many that has, a byte each
   signed char warm_here[kMostBoundaries];
-  int shorter[kMostListed];  // where exact pairs are not cut: their items that take less time than this run's
+  int shorter[kMostListed];  // of items that wait for nothing: those that take less time than this batch's
   int figures[2];
   int scratch[2][kMostSums * kWarps];  // used in turn: one barrier a sum is enough
 };

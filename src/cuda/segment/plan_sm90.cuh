@@ -188,11 +188,12 @@ __device__ __forceinline__ Piece find_piece(const Shared& s, const Line& line, i
 }
 
 // Segment k of the exact pairs: pair, number, count.
-__device__ __forceinline__ int locate_segment(const Shared& s, const int* exact_in_run, const Outline& outline, float wanted, int k) {
+template <bool Large>
+__device__ __forceinline__ int locate_segment(const Shared& s, const int* exact_in_run, const Outline& outline, const Model& m, int k) {
   int pair = 0;
 #pragma unroll 1
   for (int run = 0;; ++run) {
-    const int pairs = exact_in_run[run], n = segments_of(s.run_chunks[run], wanted);
+    const int pairs = exact_in_run[run], n = Large ? segments_of(s.run_chunks[run], m) : segments_of(s.run_chunks[run], m.wanted);
     if (k >= pairs * n && run + 1 < outline.runs) {
       k -= pairs * n, pair += pairs;
       continue;
@@ -201,12 +202,12 @@ __device__ __forceinline__ int locate_segment(const Shared& s, const int* exact_
     return (pair + more) | (k - more * n) << 8 | n << 16;
   }
 }
-__device__ __forceinline__ Segment segment_at(const Shared& s, int k) {
+__device__ __forceinline__ Segment segment_at(const Shared& s, float share, int k) {
   const int where = s.segment[k], pair = where & 0xFF;
   Segment x{};
   x.pair = s.pairs[s.exact[pair]];
   x.j = where >> 8 & 0xFF, x.count = where >> 16, x.boundary = k - pair - 1;
-  const Shape shape(x.pair.chunks, x.count, s.outline.hill);
+  const Shape shape(x.pair.chunks, x.count, s.outline.hill, share);
   x.begin = x.first() ? 0 : shape.begin(x.j), x.end = x.last() ? x.pair.chunks : shape.begin(x.j + 1);
   return x;
 }
@@ -233,17 +234,29 @@ __device__ __forceinline__ void emit_line(const Arguments& a, Shared& s, const L
   }
 }
 
-// Ranks runs by the time of their exact pairs' items, where no pair is cut.
-__device__ __forceinline__ void rank_runs(Shared& s, const int* exact_in_run, const Model& m) {
-  const Outline& outline = s.outline;
-  const int i = threadIdx.x;
-  if (i >= outline.runs) return;
-  const float mine = m.time_of(s.run_chunks[i]);
+// Items of a run's exact pairs that wait for nothing: firsts, or transitions and local states. What one of them takes.
+struct Batch {
+  int items;
+  float time;
+};
+__device__ __forceinline__ Batch batch_of(const Shared& s, const int* exact_in_run, const Model& m, int k) {
+  const int run = k / 2, chunks = s.run_chunks[run], n = segments_of(chunks, m);
+  const Shape shape(chunks, n, false, m.share);
+  if (k % 2 != 0) return {exact_in_run[run] * 2 * max(0, n - 2), kStateOnly * shape.base + kPart};
+  const float length = n > 1 ? shape.first() : static_cast<float>(chunks);
+  return {exact_in_run[run] * m.copies(length), m.time_of(length) + kItem};
+}
+
+// Ranks them by time.
+__device__ __forceinline__ void rank_batches(Shared& s, const int* exact_in_run, const Model& m) {
+  const int i = threadIdx.x, batches = min(2 * s.outline.runs, kMostListed);
+  if (i >= batches) return;
+  const float mine = batch_of(s, exact_in_run, m, i).time;
   int shorter = 0;
 #pragma unroll 1
-  for (int r = 0; r < outline.runs; ++r) {
-    const float time = m.time_of(s.run_chunks[r]);
-    if (time < mine || (time == mine && r < i)) shorter += exact_in_run[r] * m.copies(s.run_chunks[r]);
+  for (int k = 0; k < batches; ++k) {
+    const Batch x = batch_of(s, exact_in_run, m, k);
+    if (x.time < mine || (x.time == mine && k < i)) shorter += x.items;
   }
   s.shorter[i] = shorter;
 }
@@ -252,9 +265,10 @@ __device__ __forceinline__ void rank_runs(Shared& s, const int* exact_in_run, co
 __device__ __forceinline__ float cost_of_rank(const Shared& s, const int* exact_in_run, const Model& m, int rank) {
   float cost = 0.F;
 #pragma unroll 1
-  for (int r = 0; r < s.outline.runs; ++r) {
-    const int chunks = s.run_chunks[r], more = rank - s.shorter[r];
-    if (more >= 0 && more < exact_in_run[r] * m.copies(chunks)) cost = m.time_of(chunks) + kItem;
+  for (int k = 0; k < min(2 * s.outline.runs, kMostListed); ++k) {
+    const Batch x = batch_of(s, exact_in_run, m, k);
+    const int more = rank - s.shorter[k];
+    if (more >= 0 && more < x.items) cost = x.time;
   }
   return cost;
 }
@@ -277,7 +291,9 @@ __device__ __forceinline__ float room_of_piece(const Arguments& a, const Shared&
               here = even + (i >= P - (items - even * P) ? 1 : 0);
     if (here == 0) continue;
     float cost = m.costs[kind] * device::reciprocal(static_cast<float>(items));
-    if (Large && m.boundaries == 0 && even == 0) cost = cost_of_rank(s, exact_in_run, m, i - (P - items));  // of firsts alone
+    if (Large && kind == kParts && (m.late > 0 || m.boundaries == 0) && even == 0) {
+      cost = cost_of_rank(s, exact_in_run, m, i - (P - items));
+    }
     room -= here * cost;
   }
   return room;
@@ -303,7 +319,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   const Line line = sort_pairs<Large>(a, s, outline, pass);
   const Model& m = best_model<Large>(a, s, s.run_exact[pass], outline, line.length + outline.whole + P * line.cut);
   const bool even = outline.hill || (line.pairs > 0 && m.boundaries == 0);
-  if ((even ? kEvenImbalance * m.time + kEvenGain : kImbalance * m.time + kGain) > outline.uncut) return outcome;
+  const float imbalance = Large && m.late > 0 ? kLateImbalance : kImbalance;
+  if ((even ? kEvenImbalance * m.time + kEvenGain : imbalance * m.time + kGain) > outline.uncut) return outcome;
 
   // Exact pairs' segments: first the states at their boundaries, then how many items there are of each kind, then the items.
   const int segments = line.exact + m.boundaries, each = (segments + kThreads - 1) / kThreads;
@@ -316,7 +333,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   int warm = 0;
 #pragma unroll 1
   for (int stage = 0; stage < 3; ++stage) {
-    if (Large && stage == 0 && m.boundaries == 0) rank_runs(s, s.run_exact[pass], m);
+    if (Large && stage == 0 && (m.late > 0 || m.boundaries == 0)) rank_batches(s, s.run_exact[pass], m);
     if (stage == 1) __syncthreads();
     if (stage == 2) {
       const float room = room_of_piece<Large>(a, s, s.run_exact[pass], m, line);
@@ -348,7 +365,9 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       t.firsts = all[0] & 0xFFFF, t.parts = all[1] & 0xFFFF, t.scans = all[0] >> 16, t.dependents = all[1] >> 16;
       const int running = t.firsts + t.parts;
       const int over = running - static_cast<int>((running + 0.5F) * device::reciprocal(static_cast<float>(P))) * P;
-      t.early_pieces = running == 0 ? mine.pieces : min(mine.pieces, over == 0 ? 0 : P - over);
+      // Scans of late cuts wait for long firsts, while who has ended a short part may have a piece.
+      const bool all_early = running == 0 || (Large && m.late > 0);
+      t.early_pieces = all_early ? mine.pieces : min(mine.pieces, over == 0 ? 0 : P - over);
       t.late_pieces = mine.pieces - t.early_pieces;
       outcome.exact = m.halves ? t.dependents / kTiles : t.dependents;
       t.late_last = outcome.exact <= kShortScan * line.exact;
@@ -356,8 +375,8 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
     }
 #pragma unroll 1
     for (int k = from; k < to; ++k) {
-      if (stage == 0) s.segment[k] = locate_segment(s, s.run_exact[pass], outline, m.wanted, k);
-      Segment x = segment_at(s, k);
+      if (stage == 0) s.segment[k] = locate_segment<Large>(s, s.run_exact[pass], outline, m, k);
+      Segment x = segment_at(s, Large ? m.share : kFirstShare, k);
       if (stage == 0) {
         if (x.first()) continue;
         int enough = 0;
@@ -370,7 +389,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
         continue;
       }
       look_around(x, warm_of);
-      x.halved = x.dependent ? m.halves : Large && x.count == 1 && m.copies(x.pair.chunks) > 1;
+      x.halved = x.dependent ? m.halves : Large && x.first() && m.copies(x.end - x.begin) > 1;
       if (stage == 2) emit(a.plan.items, x, t, numbers, warm_of);
       numbers.add(x);
       if (stage == 1) warm += x.warm;
