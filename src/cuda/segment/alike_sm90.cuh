@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
   const auto warm_of = [&](int boundary) { return a.plan.warm[boundary]; };
   Tickets t{};
   int warm_boundaries = 0, warm_chunks = 0;
+  bool halves = false;  // of all segments' value columns: where there is a multiprocessor for each. Bits are those of whole ones
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
     Counts before{};
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
 #pragma unroll 1
     for (int first = 0; first < pairs; first += kThreads) {
       const int2 total = number_tile(a, s, first);
+      if (first == 0) halves = pairs <= kThreads && kTiles * total.x <= a.multiprocessors;
       if (pass == 0) {
 #pragma unroll 1
         for (int k = threadIdx.x; k < total.x; k += kThreads) {
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
         if (k < total.x) {
           x = alike_segment(a, s, first, boundaries, k);
           look_around(x, warm_of);
+          x.halved = halves;
           mine.add(x);
         }
         int at[5] = {mine.firsts | mine.dependents << 16, mine.parts, mine.scans, x.warm > 0 ? 1 : 0, x.warm}, sum[5];
@@ -110,7 +113,8 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
   if (threadIdx.x != 0) return;
   hand_out(a.plan.header, PlanHeader::of(t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors)));
   if (a.counts == nullptr) return;
-  a.counts[0] = pairs + warm_boundaries + t.dependents, a.counts[1] = warm_boundaries, a.counts[2] = t.dependents;
+  const int exact_boundaries = halves ? t.dependents / kTiles : t.dependents;
+  a.counts[0] = pairs + warm_boundaries + exact_boundaries, a.counts[1] = warm_boundaries, a.counts[2] = exact_boundaries;
   a.counts[3] = warm_chunks;
 }
 
