@@ -110,6 +110,12 @@ Scalars scalars(const op::Tensor& t) {
   return {t.data, type_of(t.dtype), t.stride[0], t.stride[1], t.stride[2]};
 }
 
+prepare::PerToken per_token(const op::Tensor& t) {
+  const Scalars x = scalars(t);
+  const int bytes = x.type == device::Type::f32 ? 4 : 2;
+  return {static_cast<const char*>(x.data), x.type, x.row * bytes, x.token * bytes, x.head * bytes};
+}
+
 States states(const op::Tensor& t) {
   if (t.data == nullptr) return {};
   const StateRows rows = t.stride[2] == kHead && t.stride[3] == 1   ? StateRows::k
@@ -201,8 +207,8 @@ void chunk_forward(const Problem& p) {
   prepared.gate_in_kernel = p.gate_in_kernel;
   prepared.beta_sigmoid = p.beta_sigmoid;
   prepared.neg_eigval = p.neg_eigval;
-  prepared.g = scalars(p.g);
-  prepared.beta = scalars(p.beta);
+  prepared.g = per_token(p.g);
+  prepared.beta = per_token(p.beta);
   prepared.A_log = scalars(p.A_log);
   prepared.dt_bias = scalars(p.dt_bias);
   prepared.records = base + layout.records;

@@ -182,11 +182,11 @@ TEST_F(CudaWords, ElementsOfFloat32) {
 
 struct Matrices {
   std::uint32_t loaded[4][32], transposed[4][32], moved[4][32];
-  std::uint16_t stored[256], stored_transposed[256];
+  std::uint16_t stored[256], stored_if[256], stored_transposed[256];
 };
 
 __global__ void exchange_matrices(const std::uint16_t* from, Matrices* found) {
-  __shared__ alignas(16) std::uint16_t in[256], out[256], out_transposed[256];
+  __shared__ alignas(16) std::uint16_t in[256], out[256], out_if[256], out_transposed[256];
   const int lane = threadIdx.x;
   for (int i = lane; i < 256; i += 32) in[i] = from[i];
   __syncwarp();
@@ -195,12 +195,15 @@ __global__ void exchange_matrices(const std::uint16_t* from, Matrices* found) {
   device::load_matrices(f, device::shared_address(in) + lane * 16);
   device::load_matrices_transposed(t, device::shared_address(in) + lane * 16);
   device::store_matrices(device::shared_address(out) + lane * 16, f[0], f[1], f[2], f[3]);
+  device::store_matrices_if(device::shared_address(out_if) + lane * 16, f[0], f[1], f[2], f[3], true);
+  device::store_matrices_if(device::shared_address(out_if) + lane * 16, f[3], f[2], f[1], f[0], false);
   device::store_matrices_transposed(device::shared_address(out_transposed) + lane * 16, f);
   for (int m = 0; m < 4; ++m) {
     found->loaded[m][lane] = f[m], found->transposed[m][lane] = t[m], found->moved[m][lane] = device::transpose_matrix(f[m]);
   }
   __syncwarp();
-  for (int i = lane; i < 256; i += 32) found->stored[i] = out[i], found->stored_transposed[i] = out_transposed[i];
+  for (int i = lane; i < 256; i += 32)
+    found->stored[i] = out[i], found->stored_if[i] = out_if[i], found->stored_transposed[i] = out_transposed[i];
 }
 
 TEST_F(CudaWords, MatricesGoToRegistersAndBackAsTheyAreAndTransposed) {
@@ -223,6 +226,7 @@ TEST_F(CudaWords, MatricesGoToRegistersAndBackAsTheyAreAndTransposed) {
     for (int row = 0; row < 8; ++row) {
       for (int column = 0; column < 8; ++column) {
         EXPECT_EQ(found.stored[m * 64 + row * 8 + column], element(row, column));
+        EXPECT_EQ(found.stored_if[m * 64 + row * 8 + column], element(row, column));
         EXPECT_EQ(found.stored_transposed[m * 64 + row * 8 + column], element(column, row));
       }
     }

@@ -23,8 +23,8 @@ __device__ __forceinline__ std::uint32_t load_bits(const char* at, Type type) {
   return type == Type::f32 ? *reinterpret_cast<const std::uint32_t*>(at) : *reinterpret_cast<const std::uint16_t*>(at);
 }
 __device__ __forceinline__ float from_bits(std::uint32_t bits, Type type) {
-  if (type == Type::f32) return __uint_as_float(bits);
-  return type == Type::bf16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  const float wide = __uint_as_float(type == Type::f32 ? bits : bits << 16);
+  return type == Type::f16 ? __half2float(__ushort_as_half(static_cast<unsigned short>(bits))) : wide;
 }
 __device__ __forceinline__ void store_element(void* data, Type type, std::int64_t index, float x) {
   if (type == Type::f32) {

@@ -108,6 +108,14 @@ __device__ __forceinline__ void store_matrices(std::uint32_t address, std::uint3
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+// Predicated inside; all threads of a warp alike.
+__device__ __forceinline__ void store_matrices_if(std::uint32_t address, std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d,
+                                                  bool condition) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n}" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d), "r"(static_cast<int>(condition))
+      : "memory");
+}
 __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, const std::uint32_t* f) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(f[0]), "r"(f[1]), "r"(f[2]),
                "r"(f[3])

@@ -288,6 +288,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::wgmma_fence();
         multiply_tile<Type>(U, S16, k);  // U^T = S^T k^T
         device::wgmma_commit();
+        device::barrier_wait(s.p_made[at], stage.parity);  // while it runs
         // Waits for nothing, but ptxas must see that S is free while the product runs.
         device::wgmma_wait<1>();
         device::hold(S);
@@ -297,7 +298,6 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::wgmma_wait<0>();
         device::hold(U);
         solve_for<Type>(X16, U, V16, solve);
-        device::barrier_wait(s.p_made[at], stage.parity);
         load_factors(factor, s.write[at]);
         device::wgmma_fence();
         multiply_panels<Type, true>(U, X16, device::describe_panel(s.t[at].panels));  // U^T = X^T T^T

@@ -41,15 +41,19 @@ constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 constexpr int kMostTold = 1024;
 
 // Places of items found at once; items of a CTA up to which all that gates tell of its chunks is told before its first one.
-constexpr int kBatch = 16, kMostToldEarly = 8;
+constexpr int kBatch = 12, kMostToldEarly = 8;
 
 // CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 6 KB of exchange unless one warp
-// keeps that in registers, 7 KB a warp), and 128 registers a thread for four.
+// keeps that in registers, 7 KB a warp), and 128 registers a thread for three and four.
 constexpr int ctas_per_multiprocessor(int warps, bool split) {
-  return warps == 1 && !split ? 8 : warps == 1 || (warps == 2 && !split) ? 6 : warps == 2 ? 5 : 4;
+  constexpr int kPlain[] = {8, 6, 5, 4}, kSplit[] = {6, 5, 4, 4};
+  return (split ? kSplit : kPlain)[warps - 1];
 }
 // Registers of a thread that leave room for as many, a quarter of them on each quarter of a multiprocessor's registers; for one warp, so
 // that the plan of segments (two warps of 64 registers a quarter) fits beside two.
-constexpr int most_registers(int warps, bool split) { return warps == 1 ? (split ? 248 : 192) : warps == 4 ? 128 : 168; }
+constexpr int most_registers(int warps, bool split) {
+  constexpr int kPlain[] = {192, 168, 128, 128}, kSplit[] = {248, 168, 168, 128};
+  return (split ? kSplit : kPlain)[warps - 1];
+}
 
 }  // namespace flashdelta::cuda::prepare

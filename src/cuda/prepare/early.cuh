@@ -16,14 +16,14 @@ __device__ __forceinline__ signed char* bound_of(const Arguments& a, const Place
 // The first of this CTA's items. CTAs of one multiprocessor take items one behind another, so that where not all CTAs have as many, those
 // with fewer are together on some multiprocessors: the loop begins there sooner, and L2 has its instructions when the others come. CTAs
 // are dealt out about one to each multiprocessor in turn; where they are not, nothing is lost.
-template <int W, bool Split>
 __device__ __forceinline__ int first_item(const Arguments& a) {
-  constexpr int kFit = ctas_per_multiprocessor(W, Split);
   const int block = blockIdx.x, P = a.multiprocessors;
-  if (static_cast<int>(gridDim.x) != kFit * P - 1) return block;
-  const int turn = static_cast<int>((block + 0.5F) * device::reciprocal(static_cast<float>(P)));  // half is more than what it errs by
-  const int rank = (block - turn * P) * kFit + turn;
-  return a.plan != nullptr && rank >= kFit * (P - 1) ? rank - 1 : rank;
+  const float share = device::reciprocal(static_cast<float>(P));
+  const auto over = [&](int x) { return static_cast<int>((x + 0.5F) * share); };  // x / P: half is more than what it errs by
+  const int each = over(gridDim.x + 1);                                           // CTAs of a multiprocessor, if the grid is full
+  if (static_cast<int>(gridDim.x) != each * P - 1) return block;
+  const int turn = over(block), rank = (block - turn * P) * each + turn;
+  return a.plan != nullptr && rank >= each * (P - 1) ? rank - 1 : rank;
 }
 
 // What chunks of this CTA forget where their keys enlarge nothing, from gates alone, two chunks at once. load_keys runs behind the loads of
@@ -39,7 +39,7 @@ __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* plac
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const Place& at = place[n + u];
-        load_given(bits[u], a.g, at.g, head, lane, head < a.group ? at.rows : 0);
+        load_given(bits[u], a.g, at.g, min(head, a.group - 1), lane, at.rows);
       }
       if (pass == 0 && n == 0) load_keys();
       float sums[2];
@@ -47,8 +47,7 @@ __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* plac
       for (int u = 0; u < 2; ++u) {
         const Place& at = place[n + u];
         Gates x{device::from_bits(bits[u][0], a.g.type), device::from_bits(bits[u][1], a.g.type), 0.F, 0.F};
-        // Where there is no second chunk, `at` has no more than its rows.
-        if (a.gate_in_kernel) x = activate_raw(a, x, at.rows > 0 ? at.h * a.group + min(head, a.group - 1) : 0);
+        if (a.gate_in_kernel) x = activate_raw(a, x, at.h * a.group + min(head, a.group - 1));
         sums[u] = (lane < at.rows ? held_up(x.g0) : 0.F) + (lane + 32 < at.rows ? held_up(x.g1) : 0.F);
       }
       const bool upper = lane >= 16;  // has the second chunk's sum

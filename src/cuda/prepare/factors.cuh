@@ -11,15 +11,15 @@
 
 namespace flashdelta::cuda::prepare {
 
-// Bits of what tokens `token` and token + 32 of a head were given: turning them into numbers would wait for them. What is absent, or past
-// the end, has bits 0.
-__device__ __forceinline__ void load_given(uint32_t (&to)[2], const Scalars& x, std::int64_t first, int head, int token, int rows) {
+// Bits of what tokens `token` and token + 32 of a head were given: turning them into numbers would wait for them. Tokens past the rows get
+// the last one's: a branch around each load takes longer, and who uses them looks. What is absent has bits 0.
+__device__ __forceinline__ void load_given(uint32_t (&to)[2], const PerToken& x, std::int64_t first, int head, int token, int rows) {
   to[0] = to[1] = 0;
-  if (x.data == nullptr) return;
-  const int shift = x.type == device::Type::f32 ? 2 : 1;
-  const char* at = static_cast<const char*>(x.data) + ((first + token * x.token + head * x.head) << shift);
-  if (token < rows) to[0] = device::load_bits(at, x.type);
-  if (token + 32 < rows) to[1] = device::load_bits(at + (x.token << (shift + 5)), x.type);
+  if (x.data == nullptr || rows <= 0) return;
+  const char* at = x.data + (first + static_cast<unsigned>(head) * x.head);
+  const auto last = static_cast<unsigned>(rows - 1), wanted = static_cast<unsigned>(token);
+  to[0] = device::load_bits(at + min(wanted, last) * x.token, x.type);
+  to[1] = device::load_bits(at + min(wanted + 32, last) * x.token, x.type);
 }
 
 // Gates and betas as given, of W value heads from the pass's first on: tokens t and t + 32 of one head a thread, so that neighbours read
@@ -29,10 +29,9 @@ struct Given {
   uint32_t g[2], beta[2];
 
   __device__ __forceinline__ void load(const Arguments& a, const Place& at, int pass, unsigned tid) {
-    const int head = pass + static_cast<int>(tid % W), token = static_cast<int>(tid / W);
-    const bool within = head < a.group;
-    load_given(g, a.g, at.g, head, token, within ? at.rows : 0);
-    load_given(beta, a.beta, at.beta, head, token, within ? at.rows : 0);
+    const int head = min(pass + static_cast<int>(tid % W), a.group - 1), token = static_cast<int>(tid / W);
+    load_given(g, a.g, at.g, head, token, at.rows);
+    load_given(beta, a.beta, at.beta, head, token, at.rows);
   }
   template <class S>
   __device__ __forceinline__ void put(const Arguments& a, S& s, unsigned tid) const {
@@ -89,8 +88,8 @@ struct BlockDecay {
 };
 
 // Everything of a value head that is per token. Returns whether the inverse needs split operands.
-__device__ __forceinline__ bool make_factors(const Gates& x, const float* key_scale, KeyScale scale, Factors& f, BlockDecay& decay,
-                                             float2& c, int lane) {
+__device__ __forceinline__ bool make_factors(const Gates& x, const float* key_scale, bool powers, Factors& f, BlockDecay& decay, float2& c,
+                                             int lane) {
   float sum = x.g0 + x.g1;
 #pragma unroll
   for (int o = 1; o < 32; o <<= 1) {
@@ -106,7 +105,7 @@ __device__ __forceinline__ bool make_factors(const Gates& x, const float* key_sc
   const float end0 = __shfl_sync(~0U, c1, 7), end1 = __shfl_sync(~0U, c1, 15), end2 = __shfl_sync(~0U, c1, 23);
   decay = {device::exp2_fast(end1 - end0), device::exp2_fast(end2 - end1), device::exp2_fast(end2 - end0)};
   float b0 = x.b0, b1 = x.b1;
-  if (scale == KeyScale::power_of_two) {
+  if (powers) {
     const float s0 = key_scale[2 * lane], s1 = key_scale[2 * lane + 1];
     b0 /= s0 * s0, b1 /= s1 * s1;
   }

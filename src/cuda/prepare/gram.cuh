@@ -53,30 +53,51 @@ struct Share<3> {
   int row[kRows], column[kColumns], warp;
   __device__ __forceinline__ explicit Share(int w) : row{w, 3}, column{w, w == 2 ? 0 : w + 1, 3}, warp(w) {}
 };
-// Four warps are a warpgroup, whose products are all blocks: warp w has block row w.
+// Four warps are a warpgroup, whose products are all blocks: warp w has block row w, and leaves what is on and above the diagonal. Its
+// diagonal block is selected, and stores are predicated: a branch around each block takes more instructions than what it skips.
 template <>
 struct Share<4> {
   static constexpr int kProducts = 4;
   int warp;
   __device__ __forceinline__ explicit Share(int w) : warp(w) {}
+
+  // Sums of the diagonal block.
+  __device__ __forceinline__ void diagonal(float (&d)[8], const float* sum) const {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float low = warp & 1 ? sum[8 + e] : sum[e], high = warp & 1 ? sum[24 + e] : sum[16 + e];
+      d[e] = warp & 2 ? high : low;
+    }
+  }
 };
 
 // Calls f(sums of columns 0-7, of columns 8-15, block row, block column, whether it may have to be turned) for each block that the warp
-// leaves to all.
+// has; of four warps, also those below the diagonal.
 template <int W, class F>
 __device__ __forceinline__ void for_blocks(const Share<W>& share, float* sum, const F& f) {
 #pragma unroll
   for (int p = 0; p < Share<W>::kProducts; ++p) {
     float *x = sum + 8 * p, *y = x + 4;
     if constexpr (W == 4) {
-      // On and above the diagonal, but for (0, 3): that falls to warp 3, which has less, and is turned.
-      const int row = share.warp;
-      if (row == 3 ? p == 3 || p == 0 : p >= row && p - row < 3) f(x, y, row, p, p == 0);
+      f(x, y, share.warp, p, false);
     } else {
       const Product t = Share<W>::product(p);
       if (W == 3 && p == 1 && share.warp != 0) continue;
       f(x, y, share.row[t.row], share.column[t.column], t.may_turn);
     }
+  }
+}
+// The same for diagonal blocks alone: f(sums of columns 0-7, of columns 8-15, block).
+template <int W, class F>
+__device__ __forceinline__ void for_diagonal_blocks(const Share<W>& share, float* sum, const F& f) {
+  if constexpr (W == 4) {
+    float d[8];
+    share.diagonal(d, sum);
+    f(d, d + 4, share.warp);
+  } else {
+    for_blocks(share, sum, [&](const float* x, const float* y, int row, int column, bool) {
+      if (row == column) f(x, y, row);
+    });
   }
 }
 __host__ __device__ constexpr int pair_of(int low, int high) { return low == 0 ? high - 1 : low + high; }
@@ -140,9 +161,9 @@ __device__ __forceinline__ void gram_of_group(float (&sum)[32], const unsigned c
   device::hold(sum);
 }
 
-// How keys enter fp16 products: as they are; times 1 / |k| of the l2-norm; or, where long ones would leave fp16's range, times the power
-// of two that brings each near length 1, so that T is scaled back exactly.
-enum class KeyScale { none, power_of_two, l2norm };
+// How keys enter fp16 products, if not as they are: times 1 / |k| of the l2-norm; or, where long ones would leave fp16's range, times the
+// power of two that brings each near length 1, so that T is scaled back exactly.
+enum class KeyScale { power_of_two, l2norm };
 
 // e with |k| about 2^e, from |k|^2.
 __device__ __forceinline__ int norm_exponent(float norm) {
@@ -174,23 +195,30 @@ __device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum,
   using device::pack_f16;
   using device::pack_rest_f16;
   auto& to = s.derived;
-  for_blocks(share, sum, [&](const float* x, const float* y, int row, int column, bool may_turn) {
-    if (row == column) {
-      const float2 parts[3] = {make_float2(x[0], x[1]), make_float2(y[0], y[1]), make_float2(y[2], y[3])};
+  for_diagonal_blocks(share, sum, [&](const float* x, const float* y, int block) {
+    const float2 parts[3] = {make_float2(x[0], x[1]), make_float2(y[0], y[1]), make_float2(y[2], y[3])};
 #pragma unroll
-      for (int e = 0; e < 3; ++e) {
-        if constexpr (Kept<W, Split>::kUsed) {
-          kept.diagonal[row][e] = parts[e];
-        } else {
-          to.diagonal[row][e][lane] = parts[e];
-        }
+    for (int e = 0; e < 3; ++e) {
+      if constexpr (Kept<W, Split>::kUsed) {
+        kept.diagonal[block][e] = parts[e];
+      } else {
+        to.diagonal[block][e][lane] = parts[e];
       }
-      return;
     }
+  });
+  for_blocks(share, sum, [&](const float* x, const float* y, int row, int column, bool may_turn) {
+    if (W == 4 ? column == 0 : row == column) return;
     const bool turn = may_turn && row > column;
     const int pair = turn ? pair_of(column, row) : pair_of(row, column);
     const uint32_t x0 = pack_f16(x[0], x[1]), x1 = pack_f16(x[2], x[3]), y0 = pack_f16(y[0], y[1]), y1 = pack_f16(y[2], y[3]);
-    if constexpr (Kept<W, Split>::kUsed) {
+    if constexpr (W == 4) {
+      const uint32_t at = device::shared_address(to.above) + pair * 512 + lane * 16;
+      device::store_matrices_if(at, x0, y0, x1, y1, column > row);
+      if constexpr (Split) {
+        device::store_matrices_if(at + 6 * 512, pack_rest_f16(x[0], x[1], x0), pack_rest_f16(y[0], y[1], y0), pack_rest_f16(x[2], x[3], x1),
+                                  pack_rest_f16(y[2], y[3], y1), column > row);
+      }
+    } else if constexpr (Kept<W, Split>::kUsed) {
       kept.above[pair][0] = x0, kept.above[pair][1] = y0, kept.above[pair][2] = x1, kept.above[pair][3] = y1;
     } else {
       const auto leave = [&](uint32_t (&block)[2][2][32], uint32_t a0, uint32_t b0, uint32_t a1, uint32_t b1) {
@@ -212,9 +240,9 @@ __device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum,
 }
 
 // K K^T, shared out over the warps and exchanged through shared memory, and |k|^2. `between` runs when every warp is done with K and with
-// the item before. Barriers stand in code that all warps run.
+// the item before. Barriers stand in code that all warps run. Returns whether keys are scaled by powers of two.
 template <Operand Type, int W, bool Split, class S, class Between>
-__device__ __forceinline__ KeyScale key_products(S& s, Kept<W, Split>& kept, bool l2norm, int warp, int lane, const Between& between) {
+__device__ __forceinline__ bool key_products(S& s, Kept<W, Split>& kept, bool l2norm, int warp, int lane, const Between& between) {
   // Kept over the loop of items, what follows from them would not leave the inverse enough registers.
   device::keep(warp), device::keep(lane);
   const Share<W> share(warp);
@@ -228,12 +256,12 @@ __device__ __forceinline__ KeyScale key_products(S& s, Kept<W, Split>& kept, boo
   block_sync<W>();
   between();
   bool any_long = false;  // NaN is not: it takes the plain way and stays what it is
-  for_blocks(share, sum, [&](const float* x, const float* y, int row, int column, bool) {
-    if (row != column || q != r >> 1) return;
+  for_diagonal_blocks(share, sum, [&](const float* x, const float* y, int block) {
     const float norm[2] = {r & 1 ? x[1] : x[0], r & 1 ? y[3] : y[2]};
+    if (q != r >> 1) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int token = 16 * row + r + 8 * h;
+      const int token = 16 * block + r + 8 * h;
       s.norm[token] = norm[h];
       if (l2norm) s.key_scale[token] = scale_of(KeyScale::l2norm, norm[h]);
       any_long = any_long || norm[h] > kLargestPlainNorm;
@@ -242,7 +270,7 @@ __device__ __forceinline__ KeyScale key_products(S& s, Kept<W, Split>& kept, boo
   // Most keys go as they are; should they not, what is left here is left again.
   if (!l2norm) exchange<W, Split>(s, kept, sum, share, lane);
   any_long = block_any<W>(any_long);
-  if (!l2norm && !any_long) return KeyScale::none;
+  if (!l2norm && !any_long) return false;
   if (!l2norm) {
     for (int i = warp * 32 + lane; i < kChunk; i += 32 * W) s.key_scale[i] = scale_of(KeyScale::power_of_two, s.norm[i]);
     block_sync<W>();
@@ -250,7 +278,7 @@ __device__ __forceinline__ KeyScale key_products(S& s, Kept<W, Split>& kept, boo
   scale_products<W>(s, sum, share, lane);
   exchange<W, Split>(s, kept, sum, share, lane);
   block_sync<W>();
-  return l2norm ? KeyScale::l2norm : KeyScale::power_of_two;
+  return !l2norm;
 }
 
 }  // namespace flashdelta::cuda::prepare

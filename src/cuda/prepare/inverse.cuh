@@ -22,10 +22,11 @@ __device__ __forceinline__ void put_block(uint32_t at, int i, int j, const float
                          device::pack<Type>(x[4], x[5]), device::pack<Type>(x[6], x[7]));
 }
 
-// T of one value head. Split: operands L and T as a sum of two fp16 numbers.
-// Returns this lane's part of the sums of squares of L over the diagonal blocks (x), and of L with all products of keys 1 (y).
-template <Operand Type, bool Split, class S, class K>
-__device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factors& f, const BlockDecay& decay, uint32_t out, int lane) {
+// T of one value head. Split: operands L and T as a sum of two fp16 numbers. `measure` gets this lane's part of the sums of squares of L
+// over the diagonal blocks (x), and of L with all products of keys 1 (y), as soon as they are there: what it waits for, products fill.
+template <Operand Type, bool Split, class S, class K, class Measure>
+__device__ __forceinline__ void invert(const S& s, const K& kept, const Factors& f, const BlockDecay& decay, uint32_t out, int lane,
+                                       const Measure& measure) {
   using device::mma_16x8x16;
   using device::mma_16x8x8;
   using device::pack_f16;
@@ -123,6 +124,8 @@ __device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factor
       Tb[i][2] = device::multiply_f16(tb, f1);
     }
   }
+  if (2 * q > r) squares.x += inner.x, squares.y += inner.y;
+  measure(squares);
   uint32_t row_factor[3][2];
 #pragma unroll
   for (int m = 1; m < 4; ++m) {
@@ -203,13 +206,11 @@ __device__ __forceinline__ float2 invert(const S& s, const K& kept, const Factor
       }
     }
   }
-  if (2 * q > r) squares.x += inner.x, squares.y += inner.y;
-  return squares;
 }
 
 // Whether the loop has to take this chunk of this head token by token (config.h). For lane 0.
 template <Operand Type>
-__device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const float* norm, bool l2norm, int rows, KeyScale scale,
+__device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const float* norm, bool l2norm, int rows, bool powers,
                                         const RecordTail& tail, int lane) {
   constexpr Hardness kHard = Type == Operand::f16 ? kHardF16 : kHardBf16;
   // Betas of scaled keys are those of unit keys: the factors have them times |k|^2.
@@ -225,7 +226,7 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const 
   const float beta_square = __shfl_sync(~0U, sum, 8);
   squares = make_float2(sum, __shfl_sync(~0U, sum, 16));
   bool hard = false;
-  if (Type == Operand::f16 && scale == KeyScale::power_of_two) {
+  if (Type == Operand::f16 && powers) {
     hard = __any_sync(~0U, tail.exponent[2 * lane] >= kHardExponentF16 || tail.exponent[2 * lane + 1] >= kHardExponentF16);
   }
   if constexpr (Type == Operand::f16) {
@@ -239,7 +240,7 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const 
     }
     hard |= __any_sync(~0U, written >= 0.F) && !__any_sync(~0U, written > kSmallestWriteF16);
   }
-  const float ratio = squares.y > kSmallestWeight ? squares.x / squares.y : 0.F;
+  const float ratio = squares.y > kSmallestWeight ? __fdividef(squares.x, squares.y) : 0.F;
   // Without gates errors last, and add up from chunk to chunk.
   const float lasting = 1.F + kHard.lasting * device::exp2_fast(f.gate[kChunk - 1].x);
   return hard || ratio > kHard.ratio_alone || kHard.beta_square * lasting * beta_square + kHard.ratio * ratio * rows > rows;

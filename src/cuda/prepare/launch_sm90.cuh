@@ -17,7 +17,12 @@ cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, in
   }
   // One less than fit: the plan of segments takes the last place, and waits there. And where there is to be one, a CTA tells of it.
   const int items = arguments.slots * arguments.H, telling = arguments.plan != nullptr ? 1 : 0;
-  const int ctas = std::max(1, std::min(items, multiprocessors * ctas_per_multiprocessor(W, Split) - 1 - telling)) + telling;
+  const auto workers = [&](int each) { return std::max(1, multiprocessors * each - 1 - telling); };
+  const auto rounds = [&](int each) { return (items + workers(each) - 1) / workers(each); };
+  // And no more on a multiprocessor than take fewer rounds: beside fewer others each is quicker.
+  int each = ctas_per_multiprocessor(W, Split);
+  while (each > 1 && rounds(each - 1) == rounds(each)) --each;
+  const int ctas = std::max(1, std::min(items, workers(each))) + telling;
   kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
   return cudaGetLastError();
 }

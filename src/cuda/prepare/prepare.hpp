@@ -10,11 +10,18 @@
 
 namespace flashdelta::cuda::prepare {
 
+// Gates or betas, [B, T, HV].
+struct PerToken {
+  const char* data;  // null: absent
+  device::Type type;
+  std::int64_t row, token, head;  // strides in bytes
+};
+
 // What the places of chunks follow from.
 struct Inputs {
   Sequences sequences;
   int slots, H, group;  // chunk numbers in use at most, key heads, value heads per key head
-  Scalars g, beta;
+  PerToken g, beta;
 };
 
 struct Arguments : Inputs {

@@ -57,7 +57,7 @@ static __device__ __noinline__ int find_places(const Inputs& a, Place* place, in
   const unsigned items = static_cast<unsigned>(counted ? __shfl_sync(~0U, until, 31) : a.slots) * a.H;
   unsigned next = item;
   for (bool found = false; !found && next < items; next += kBatch * step) {
-    const unsigned mine = min(next + (lane % kBatch) * step, items);
+    const unsigned mine = min(next + min(lane, kBatch - 1) * step, items);
     const int slot = static_cast<int>(mine / a.H), h = static_cast<int>(mine % a.H);
     Place at{};
     at.slot = slot, at.h = h;
@@ -85,13 +85,14 @@ static __device__ __noinline__ int find_places(const Inputs& a, Place* place, in
     at.beta = at.row * a.beta.row + at.token * a.beta.token + at.h * a.group * a.beta.head;
     const bool valid = lane < kBatch && mine < items && at.rows > 0;
     const unsigned all = __ballot_sync(~0U, valid);
-    if (valid) place[(p + __popc(all & ((1U << lane) - 1))) % kPlaces] = at;
+    if (valid) place[place_of(p + __popc(all & ((1U << lane) - 1)))] = at;
     p += __popc(all);
     found = all != 0;
   }
   if (lane == 0) {
-    Place& end = place[p % kPlaces];
+    Place end{};
     end.rows = next < items ? kNotYet : kNoMore, end.slot = static_cast<int>(next);
+    place[place_of(p)] = end;
   }
   __syncwarp();
   return covered;
@@ -133,7 +134,10 @@ __global__ void __maxnreg__(most_registers(W, Split))
   extern __shared__ __align__(1024) unsigned char raw[];
   // The declared array's own address: rounded up as an integer it would become generic loads. The launch checks nothing else is static.
   Shared<W, Split>& s = *reinterpret_cast<Shared<W, Split>*>(raw);
-  const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(~0U, tid >> 5, 0);
+  // From registers: ptxas would read the thread's number again wherever it is wanted, and wait for it.
+  int lane = static_cast<int>(threadIdx.x & 31);
+  device::keep(lane);
+  const int warp = __shfl_sync(~0U, static_cast<int>(threadIdx.x >> 5), 0), tid = warp * 32 + lane;
   if (warp == 0) {
     static_assert(sizeof(Inputs) == 32 * sizeof(int));
     reinterpret_cast<int*>(&s.inputs)[lane] = reinterpret_cast<const int*>(static_cast<const Inputs*>(&a))[lane];
@@ -175,11 +179,10 @@ __global__ void __maxnreg__(most_registers(W, Split))
   }
   if (warp == 0) {
     // Offsets are asked for before the keys, behind which they would queue.
-    const int covered = find_places(s.inputs, s.place, 0, first_item<W, Split>(a), workers(a), lane);
+    const int covered = find_places(s.inputs, s.place, 0, first_item(a), workers(a), lane);
     if (lane == 0) s.covered = covered;
   }
   __syncthreads();
-  constexpr bool kEarly = W <= 2;  // an item ahead, where there are registers
   Given<W> given;
   given.load(a, s.place[0], 0, tid);  // in front of the keys, behind which they would queue
   const int number = blockIdx.x * W + warp;
@@ -200,101 +203,90 @@ __global__ void __maxnreg__(most_registers(W, Split))
   if (s.covered < a.sequences.T) zero_rows_of_no_sequence(a, s.covered);  // a call waits for the gates
   if (a.saved_c.data != nullptr || a.saved_T.data != nullptr || a.saved_states.data != nullptr) zero_saved_of_no_sequence(a);
 
-  // n: the item's number, modulo kPlaces, which is even. In shared memory: spilled, it would be read behind gates that are on their way.
-  int* const turn = &s.turn[warp];
-  if (lane == 0) *turn = 0;
-  __syncwarp();
 #pragma unroll 1
-  for (;;) {
-    const int n = device::load_shared_int(turn);
+  for (int n = 0;; n = place_of(n + 1)) {
     const Place& here = s.place[n];
-    const Place& next = s.place[(n + 1) % kPlaces];
-    if (here.rows <= 0) break;
+    const Place& next = s.place[place_of(n + 1)];
+    const int rows = here.rows;
+    if (rows <= 0) break;
     device::barrier_wait(s.full, n & 1);
-    if (here.rows < kChunk) {  // what stands behind the end is not this sequence's
-      for (int e = tid; e < (kChunk - here.rows) * 16; e += 32 * W) {
-        *reinterpret_cast<uint4*>(s.k + (e & 1) * (kChunk * 128) + (here.rows + (e >> 4)) * 128 + ((e >> 1) & 7) * 16) =
-            make_uint4(0, 0, 0, 0);
+    if (rows < kChunk) {  // what stands behind the end is not this sequence's
+      for (int e = tid; e < (kChunk - rows) * 16; e += 32 * W) {
+        *reinterpret_cast<uint4*>(s.k + (e & 1) * (kChunk * 128) + (rows + (e >> 4)) * 128 + ((e >> 1) & 7) * 16) = make_uint4(0, 0, 0, 0);
       }
       device::fence_shared_to_async();
       __syncthreads();
     }
     if (warp == 0 && next.rows == kNotYet) find_places(s.inputs, s.place, n + 1, next.slot, workers(a), lane);
     Kept<W, Split> kept;
-    const KeyScale scale = key_products<Type, W, Split>(s, kept, a.l2norm, warp, lane, [&] {
+    const bool powers = key_products<Type, W, Split>(s, kept, a.l2norm, warp, lane, [&] {
       given.put(a, s, tid);
-      if (tid == 0 && next.rows > 0) load_k(next);
+      if (warp == 0 && lane == 0 && next.rows > 0) load_k(next);
     });
-    if constexpr (kEarly) given.load(a, next, 0, tid);
 #pragma unroll 1
     for (int pass = 0; pass < a.group; pass += W) {
       if (pass > 0) {
-        given.load(a, here, pass, tid);
         __syncthreads();
         given.put(a, s, tid);
         __syncthreads();
       }
-      const bool mine = pass + warp < a.group;
+      // Those of the next pass or item: while T is made, they come.
+      const bool last = pass + W >= a.group;
+      given.load(a, last ? next : here, last ? 0 : pass + W, tid);
+      if (pass + warp >= a.group) continue;
       const int head = here.h * a.group + pass + warp;
-      float2 whole, squares;
-      if (mine) {
-        const Gates x = activate(a, derived.head[warp].given.g, derived.head[warp].given.beta, here.rows, head, lane, whole);
-        BlockDecay decay;
-        float2 c;
-        const bool split = make_factors(x, s.key_scale, scale, derived.head[warp].factors, decay, c, lane);
-        if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
-        __syncwarp();
-        auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
-        reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
-        float2 beta = make_float2(x.b0, x.b1);
-        reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(0, 0);
-        if (scale == KeyScale::power_of_two) {
-          const int e0 = norm_exponent(s.norm[2 * lane]), e1 = norm_exponent(s.norm[2 * lane + 1]);
-          reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(static_cast<signed char>(e0), static_cast<signed char>(e1));
-          beta = make_float2(ldexpf(x.b0, e0), ldexpf(x.b1, e1));
-        }
-        reinterpret_cast<float2*>(tail.beta)[lane] = beta;
-        if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
-        if (a.bounds != nullptr) {
-          const float growth = log_growth(x, s.norm, a.l2norm, lane);
-          if (lane == 31 && (!Early || growth != 0.F)) {
-            *bound_of(a, here, pass + warp) = forgotten(c.y + growth);
-            if constexpr (Early) *a.grown = 1;
-          }
-        }
-        int row = lane;
-        device::keep(row);
-        const uint32_t record_row = device::shared_address(derived.record[warp]) + (row & 15) * 32 + (((row >> 4) ^ ((row >> 2) & 1)) << 4);
-        if (Split && split) {
-          squares = invert<Type, Split>(derived, kept, derived.head[warp].factors, decay, record_row, lane);
-        } else {
-          squares = invert<Type, false>(derived, kept, derived.head[warp].factors, decay, record_row, lane);
+      float2 whole, c;
+      const Gates x = activate(a, derived.head[warp].given.g, derived.head[warp].given.beta, here.rows, head, lane, whole);
+      BlockDecay decay;
+      Factors& factors = derived.head[warp].factors;
+      const bool split = make_factors(x, s.key_scale, powers, factors, decay, c, lane);
+      if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
+      __syncwarp();
+      auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
+      reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
+      float2 beta = make_float2(x.b0, x.b1);
+      reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(0, 0);
+      if (powers) {
+        const int e0 = norm_exponent(s.norm[2 * lane]), e1 = norm_exponent(s.norm[2 * lane + 1]);
+        reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(static_cast<signed char>(e0), static_cast<signed char>(e1));
+        beta = make_float2(ldexpf(x.b0, e0), ldexpf(x.b1, e1));
+      }
+      reinterpret_cast<float2*>(tail.beta)[lane] = beta;
+      if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
+      if (a.bounds != nullptr) {
+        const float growth = log_growth(x, s.norm, a.l2norm, lane);
+        if (lane == 31 && (!Early || growth != 0.F)) {
+          *bound_of(a, here, pass + warp) = forgotten(c.y + growth);
+          if constexpr (Early) *a.grown = 1;
         }
       }
-      // To be there when the next item's products are made; not sooner, or the inverse would have too few registers.
-      if (!kEarly && pass + W >= a.group) given.load(a, s.place[(device::load_shared_int(turn) + 1) % kPlaces], 0, tid);
-      if (!mine) continue;
-      auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
-      const Place& at = s.place[device::load_shared_int(turn)];  // here, read again
-      const bool hard = is_hard<Type>(squares, derived.head[warp].factors, s.norm, a.l2norm, at.rows, scale, tail, lane);
-      if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
-      if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, at, head, derived.record[warp], whole, lane);
+      int row = lane;
+      device::keep(row);
+      const uint32_t record_row = device::shared_address(derived.record[warp]) + (row & 15) * 32 + (((row >> 4) ^ ((row >> 2) & 1)) << 4);
+      const auto measure = [&](float2 squares) {
+        const bool hard = is_hard<Type>(squares, factors, s.norm, a.l2norm, here.rows, powers, tail, lane);
+        if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
+      };
+      if (Split && split) {
+        invert<Type, Split>(derived, kept, factors, decay, record_row, lane, measure);
+      } else {
+        invert<Type, false>(derived, kept, factors, decay, record_row, lane, measure);
+      }
+      if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, derived.record[warp], whole, lane);
+      // Through a shuffle: with an address that ptxas does not know to be the same for all, each copy would be a loop.
+      const int number = __shfl_sync(~0U, here.slot * (a.H * a.group) + head, 0);
       device::fence_shared_to_async();
       __syncwarp();
       if (lane == 0) {
         const int bytes = record_bytes(a.l2norm);
         const uint32_t record = device::shared_address(derived.record[warp]);
-        unsigned char* const to = a.records + (static_cast<std::int64_t>(at.slot) * a.H * a.group + head) * bytes;
+        unsigned char* const to = a.records + static_cast<std::int64_t>(number) * bytes;
         // In the pieces that the chunk loop loads: tools that follow bulk copies match them.
         device::store_run(to, record, panel_offset(1));
         device::store_run(to + panel_offset(1), record + panel_offset(1), panel_offset(3) - panel_offset(1));
         device::store_bytes(to + panel_offset(3), record + panel_offset(3), bytes - panel_offset(3));
       }
     }
-    const int after = (device::load_shared_int(turn) + 1) % kPlaces;
-    __syncwarp();
-    if (lane == 0) *turn = after;
-    __syncwarp();
   }
   if (lane == 0) device::wait_stores_done();
 }

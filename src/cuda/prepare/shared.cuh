@@ -25,15 +25,16 @@ __device__ __forceinline__ int workers(const Arguments& a) { return static_cast<
 
 // Where a work item, a chunk of a key head, lies.
 struct Place {
-  std::int64_t g, beta;  // element of the gates, of beta, at its first token and value head
+  std::int64_t g, beta;  // byte of the gates, of beta, at its first token and value head
   int row, token, slot, h;
   int rows;  // tokens of the chunk; or kNoMore, kNotYet
 };
 constexpr int kNoMore = 0, kNotYet = -1;
 // Places are found kBatch at a time, a lane each (config.h). Warps are at most one item apart, and one place behind a batch says how it
 // goes on.
-constexpr int kPlaces = 24;
-static_assert(kPlaces >= kBatch + 3 && kPlaces % 2 == 0);
+constexpr int kPlaces = 16;
+static_assert(kPlaces >= kBatch + 3 && kPlaces > 1 && (kPlaces & (kPlaces - 1)) == 0);
+__device__ __forceinline__ int place_of(int n) { return n & (kPlaces - 1); }  // item n's
 
 // A value head's gates and betas as given, and later its factors. The padding keeps heads, which are written together, on different banks.
 union Head {
@@ -78,10 +79,9 @@ struct alignas(1024) Shared {
   alignas(128) float norm[kChunk];    // |k|^2
   float key_scale[kChunk];            // what keys are multiplied by, where they are
   Derived<Warps, Split> derived;
-  Inputs inputs;         // for functions out of line: they would read the kernel's parameters from memory
-  Place place[kPlaces];  // of items n % kPlaces
-  int covered;           // Sequences::covered()
-  int turn[Warps];       // each warp's n % kPlaces
+  Inputs inputs;  // for functions out of line: they would read the kernel's parameters from memory
+  Place place[kPlaces];
+  int covered;  // Sequences::covered()
   Barrier full;
 
   // 128 bytes for each warp that nothing else uses before the first item: of `norm` and `key_scale`.

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
   if (threadIdx.x != 0) return;
   hand_out(a.plan.header, PlanHeader::of(t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors)));
   if (a.counts == nullptr) return;
-  const int exact_boundaries = halves ? t.dependents / kTiles : t.dependents;
+  const int exact_boundaries = t.exact_boundaries(halves);
   a.counts[0] = pairs + warm_boundaries + exact_boundaries, a.counts[1] = warm_boundaries, a.counts[2] = exact_boundaries;
   a.counts[3] = warm_chunks;
 }

@@ -21,6 +21,7 @@ struct Tickets {
   __device__ int late() const { return scan() + scans + (late_last ? dependents : 0); }
   __device__ int dependent() const { return scan() + scans + (late_last ? 0 : late_pieces); }
   __device__ int count() const { return scan() + scans + late_pieces + dependents; }
+  __device__ int exact_boundaries(bool halves) const { return halves ? dependents / kTiles : dependents; }
 };
 
 // One segment of a pair with its surroundings.

@@ -11,9 +11,10 @@ __device__ __forceinline__ int segments_of(int chunks, float wanted) {
   return max(1, min(static_cast<int>(rounded_up(all, wanted, device::reciprocal(wanted))),
                     static_cast<int>(static_cast<unsigned>(chunks) / kShortest)));
 }
-// Of a candidate.
+// Of a candidate; late cuts are of large calls alone.
+template <bool Large>
 __device__ __forceinline__ int segments_of(int chunks, const Model& m) {
-  if (m.late > 0) return chunks > m.late_above ? m.late : 1;
+  if (Large && m.late > 0) return chunks > m.late_above ? m.late : 1;
   return segments_of(chunks, m.wanted);
 }
 // How a pair is cut: its first segment has share * base chunks, the next one base, and so has the last; between them each has `slope`
@@ -32,7 +33,7 @@ struct Shape {
   }
   // The sum of all segments' steps up from base.
   __device__ __forceinline__ int all_rise() const { return (segments - 2) * (segments - 2) / 4; }
-  __device__ __forceinline__ float first() const { return share * base; }
+  __device__ __forceinline__ float first() const { return __fmul_rn(share, base); }
   __device__ __forceinline__ int steps_up() const { return max(0, (segments - 2) / 2); }
   __device__ __forceinline__ float longest() const { return base + slope * steps_up(); }
   // Where segment j > 0 begins.
@@ -85,7 +86,7 @@ __device__ __forceinline__ Model model_of(const Arguments& a, const Shared& s, c
   for (int r = lane; r < outline.runs; r += kModelLanes) {
     const int pairs = exact_in_run[r];
     if (pairs == 0) continue;
-    const int chunks = s.run_chunks[r], n = Large ? segments_of(chunks, m) : segments_of(chunks, m.wanted), middle = max(0, n - 2);
+    const int chunks = s.run_chunks[r], n = segments_of<Large>(chunks, m), middle = max(0, n - 2);
     const Shape shape(chunks, n, outline.hill, Large ? m.share : kFirstShare);
     const float length = n > 1 ? shape.first() : static_cast<float>(chunks), behind = static_cast<float>(chunks) - length;
     const float first = Large ? m.time_of(length) : length;

@@ -24,9 +24,11 @@ struct alignas(16) Model {
   float share;     // a first segment's length over that of the next
   bool halves;     // segments that wait go out as halves
 
+  // Pieces of the line begin behind uncut pairs, or long firsts, in the order in which these end.
+  __device__ __forceinline__ bool ranked() const { return late > 0 || boundaries == 0; }
   // Of a first segment, or an exact pair that is not cut: its items, and what one of them takes.
   __device__ __forceinline__ int copies(float chunks) const { return chunks > static_cast<float>(half_above) ? kTiles : 1; }
-  __device__ __forceinline__ float time_of(float chunks) const { return (copies(chunks) > 1 ? kHalfBeside : 1.F) * chunks; }
+  __device__ __forceinline__ float time_of(float chunks) const { return __fmul_rn(copies(chunks) > 1 ? kHalfBeside : 1.F, chunks); }
 };
 enum ModelItem { kParts, kScans, kDependents, kModelItems };
 

@@ -193,7 +193,7 @@ __device__ __forceinline__ int locate_segment(const Shared& s, const int* exact_
   int pair = 0;
 #pragma unroll 1
   for (int run = 0;; ++run) {
-    const int pairs = exact_in_run[run], n = Large ? segments_of(s.run_chunks[run], m) : segments_of(s.run_chunks[run], m.wanted);
+    const int pairs = exact_in_run[run], n = segments_of<Large>(s.run_chunks[run], m);
     if (k >= pairs * n && run + 1 < outline.runs) {
       k -= pairs * n, pair += pairs;
       continue;
@@ -234,22 +234,24 @@ __device__ __forceinline__ void emit_line(const Arguments& a, Shared& s, const L
   }
 }
 
-// Items of a run's exact pairs that wait for nothing: firsts, or transitions and local states. What one of them takes.
+// Items of a run's exact pairs that wait for nothing: firsts, or transitions and local states. What one of them takes: wherever it is
+// computed, the same number, or two batches would have one rank. So no product may be joined with a sum here and not there.
 struct Batch {
   int items;
   float time;
 };
+__device__ __forceinline__ int batches_of(const Shared& s) { return min(2 * s.outline.runs, kMostListed); }
 __device__ __forceinline__ Batch batch_of(const Shared& s, const int* exact_in_run, const Model& m, int k) {
-  const int run = k / 2, chunks = s.run_chunks[run], n = segments_of(chunks, m);
+  const int run = k / 2, chunks = s.run_chunks[run], n = segments_of<true>(chunks, m);
   const Shape shape(chunks, n, false, m.share);
-  if (k % 2 != 0) return {exact_in_run[run] * 2 * max(0, n - 2), kStateOnly * shape.base + kPart};
+  if (k % 2 != 0) return {exact_in_run[run] * 2 * max(0, n - 2), __fmaf_rn(kStateOnly, shape.base, kPart)};
   const float length = n > 1 ? shape.first() : static_cast<float>(chunks);
   return {exact_in_run[run] * m.copies(length), m.time_of(length) + kItem};
 }
 
 // Ranks them by time.
 __device__ __forceinline__ void rank_batches(Shared& s, const int* exact_in_run, const Model& m) {
-  const int i = threadIdx.x, batches = min(2 * s.outline.runs, kMostListed);
+  const int i = threadIdx.x, batches = batches_of(s);
   if (i >= batches) return;
   const float mine = batch_of(s, exact_in_run, m, i).time;
   int shorter = 0;
@@ -265,7 +267,7 @@ __device__ __forceinline__ void rank_batches(Shared& s, const int* exact_in_run,
 __device__ __forceinline__ float cost_of_rank(const Shared& s, const int* exact_in_run, const Model& m, int rank) {
   float cost = 0.F;
 #pragma unroll 1
-  for (int k = 0; k < min(2 * s.outline.runs, kMostListed); ++k) {
+  for (int k = 0; k < batches_of(s); ++k) {
     const Batch x = batch_of(s, exact_in_run, m, k);
     const int more = rank - s.shorter[k];
     if (more >= 0 && more < x.items) cost = x.time;
@@ -291,7 +293,7 @@ __device__ __forceinline__ float room_of_piece(const Arguments& a, const Shared&
               here = even + (i >= P - (items - even * P) ? 1 : 0);
     if (here == 0) continue;
     float cost = m.costs[kind] * device::reciprocal(static_cast<float>(items));
-    if (Large && kind == kParts && (m.late > 0 || m.boundaries == 0) && even == 0) {
+    if (Large && kind == kParts && m.ranked() && even == 0) {
       cost = cost_of_rank(s, exact_in_run, m, i - (P - items));
     }
     room -= here * cost;
@@ -333,7 +335,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
   int warm = 0;
 #pragma unroll 1
   for (int stage = 0; stage < 3; ++stage) {
-    if (Large && stage == 0 && (m.late > 0 || m.boundaries == 0)) rank_batches(s, s.run_exact[pass], m);
+    if (Large && stage == 0 && m.ranked()) rank_batches(s, s.run_exact[pass], m);
     if (stage == 1) __syncthreads();
     if (stage == 2) {
       const float room = room_of_piece<Large>(a, s, s.run_exact[pass], m, line);
@@ -369,7 +371,7 @@ __device__ __forceinline__ Outcome plan_by_cost(const Arguments& a, Shared& s, i
       const bool all_early = running == 0 || (Large && m.late > 0);
       t.early_pieces = all_early ? mine.pieces : min(mine.pieces, over == 0 ? 0 : P - over);
       t.late_pieces = mine.pieces - t.early_pieces;
-      outcome.exact = m.halves ? t.dependents / kTiles : t.dependents;
+      outcome.exact = t.exact_boundaries(m.halves);
       t.late_last = outcome.exact <= kShortScan * line.exact;
       numbers = {at[0] & 0xFFFF, at[1] & 0xFFFF, at[0] >> 16, at[1] >> 16};
     }
