@@ -43,6 +43,9 @@ std::vector<Case> heads() {
         {.name = "H" + number(H) + "HV" + number(HV) + "Packed", .T = 150, .H = H, .HV = HV, .cu_seqlens = {0, 0, 37, 101, 102, 150}});
   }
   for (const std::int64_t B : {3, 7}) add(cases, {.name = "B" + number(B), .B = B, .T = 97, .H = 2, .HV = 4});
+  // More chunks than prepare has CTAs, so that each has several.
+  const std::pair<int, int> many[] = {{700, 700}, {700, 1400}, {500, 1500}, {300, 1200}};
+  for (const auto& [H, HV] : many) add(cases, {.name = "Many" + number(HV / H), .T = 66, .H = H, .HV = HV});
   return cases;
 }
 

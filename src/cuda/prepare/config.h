@@ -40,20 +40,25 @@ constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 // Sequences up to which a warp of `prepare` measures them all for the plan.
 constexpr int kMostTold = 1024;
 
-// Places of items found at once; items of a CTA up to which all that gates tell of its chunks is told before its first one.
-constexpr int kBatch = 12, kMostToldEarly = 8;
+// Places of items found at once; items of a CTA up to which all that gates tell of its chunks is told before its first one. Of one head,
+// whose four warps share that out, as many as 16 key heads with 32,768 tokens come to.
+constexpr int kBatch = 13;
+constexpr int most_told_early(int heads) { return heads == 1 ? kBatch : 8; }
 
-// CTAs per multiprocessor for W warps (one value head each): what shared memory allows (16 KB of keys, 6 KB of exchange unless one warp
-// keeps that in registers, 7 KB a warp), and 128 registers a thread for three and four.
-constexpr int ctas_per_multiprocessor(int warps, bool split) {
-  constexpr int kPlain[] = {8, 6, 5, 4}, kSplit[] = {6, 5, 4, 4};
-  return (split ? kSplit : kPlain)[warps - 1];
+// Warps of a CTA that takes so many value heads of a key head at once: one each. A single head has four, which share its work out
+// (team.cuh): alone, a warp mostly waits. Not where T itself is wanted.
+constexpr int warps_of(int heads, bool split) { return heads == 1 && !split ? 4 : heads; }
+
+// CTAs per multiprocessor for so many heads: what shared memory allows (16 KB of keys, 6 KB of exchange, 7 KB a head), and registers: where
+// one CTA's place is free, the plan of segments (two warps of 64 registers a quarter) fits there.
+constexpr int ctas_per_multiprocessor(int heads, bool split) {
+  constexpr int kPlain[] = {5, 6, 5, 4}, kSplit[] = {6, 5, 4, 4};
+  return (split ? kSplit : kPlain)[heads - 1];
 }
-// Registers of a thread that leave room for as many, a quarter of them on each quarter of a multiprocessor's registers; for one warp, so
-// that the plan of segments (two warps of 64 registers a quarter) fits beside two.
-constexpr int most_registers(int warps, bool split) {
-  constexpr int kPlain[] = {192, 168, 128, 128}, kSplit[] = {248, 168, 168, 128};
-  return (split ? kSplit : kPlain)[warps - 1];
+// Registers of a thread that leave room for as many, a quarter of them on each quarter of a multiprocessor's registers.
+constexpr int most_registers(int heads, bool split) {
+  constexpr int kPlain[] = {96, 168, 128, 128}, kSplit[] = {248, 168, 168, 128};
+  return (split ? kSplit : kPlain)[heads - 1];
 }
 
 }  // namespace flashdelta::cuda::prepare

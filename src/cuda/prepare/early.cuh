@@ -28,13 +28,16 @@ __device__ __forceinline__ int first_item(const Arguments& a) {
 
 // What chunks of this CTA forget where their keys enlarge nothing, from gates alone, two chunks at once. load_keys runs behind the loads of
 // the first two's gates, which would queue behind keys.
-template <int W, class F>
+template <int W, int Warps, class F>
 __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* place, int warp, int lane, const F& load_keys) {
+  constexpr bool kTeam = Warps != W;  // of one head, whose chunks the warps share out
+  int items = 0;
+  while (place[items].rows > 0) ++items;
 #pragma unroll 1
   for (int pass = 0; pass < a.group; pass += W) {
-    const int head = pass + warp;
+    const int head = kTeam ? pass : pass + warp;
 #pragma unroll 1
-    for (int n = 0; place[n].rows > 0; n += 2) {
+    for (int n = kTeam ? 2 * warp : 0; n < items; n += kTeam ? 2 * Warps : 2) {
       uint32_t bits[2][2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
@@ -56,7 +59,6 @@ __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* plac
       for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(~0U, sum, o);
       const Place& at = place[n + (upper ? 1 : 0)];
       if (lane % 16 == 0 && at.rows > 0 && head < a.group) *bound_of(a, at, head) = forgotten(sum);
-      if (place[n + 1].rows <= 0) break;
     }
   }
   __threadfence();

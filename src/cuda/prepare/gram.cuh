@@ -188,23 +188,17 @@ __device__ __forceinline__ void scale_products(S& s, float* sum, const Share<W>&
   });
 }
 
-// Leaves a warp's share to all (one warp: to itself): diagonal blocks as they are, the others as B fragments of the blocks below the
-// diagonal: a matrix for each row half (n tile) and column half (k half) of the block above it.
+// Leaves a warp's share to all: diagonal blocks as they are, the others as B fragments of the blocks below the diagonal: a matrix for each
+// row half (n tile) and column half (k half) of the block above it.
 template <int W, bool Split, class S>
-__device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum, const Share<W>& share, int lane) {
+__device__ __forceinline__ void exchange(S& s, float* sum, const Share<W>& share, int lane) {
   using device::pack_f16;
   using device::pack_rest_f16;
   auto& to = s.derived;
   for_diagonal_blocks(share, sum, [&](const float* x, const float* y, int block) {
     const float2 parts[3] = {make_float2(x[0], x[1]), make_float2(y[0], y[1]), make_float2(y[2], y[3])};
 #pragma unroll
-    for (int e = 0; e < 3; ++e) {
-      if constexpr (Kept<W, Split>::kUsed) {
-        kept.diagonal[block][e] = parts[e];
-      } else {
-        to.diagonal[block][e][lane] = parts[e];
-      }
-    }
+    for (int e = 0; e < 3; ++e) to.diagonal[block][e][lane] = parts[e];
   });
   for_blocks(share, sum, [&](const float* x, const float* y, int row, int column, bool may_turn) {
     if (W == 4 ? column == 0 : row == column) return;
@@ -218,8 +212,6 @@ __device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum,
         device::store_matrices_if(at + 6 * 512, pack_rest_f16(x[0], x[1], x0), pack_rest_f16(y[0], y[1], y0), pack_rest_f16(x[2], x[3], x1),
                                   pack_rest_f16(y[2], y[3], y1), column > row);
       }
-    } else if constexpr (Kept<W, Split>::kUsed) {
-      kept.above[pair][0] = x0, kept.above[pair][1] = y0, kept.above[pair][2] = x1, kept.above[pair][3] = y1;
     } else {
       const auto leave = [&](uint32_t (&block)[2][2][32], uint32_t a0, uint32_t b0, uint32_t a1, uint32_t b1) {
         const uint32_t at = device::shared_address(block) + lane * 16;
@@ -242,7 +234,7 @@ __device__ __forceinline__ void exchange(S& s, Kept<W, Split>& kept, float* sum,
 // K K^T, shared out over the warps and exchanged through shared memory, and |k|^2. `between` runs when every warp is done with K and with
 // the item before. Barriers stand in code that all warps run. Returns whether keys are scaled by powers of two.
 template <Operand Type, int W, bool Split, class S, class Between>
-__device__ __forceinline__ bool key_products(S& s, Kept<W, Split>& kept, bool l2norm, int warp, int lane, const Between& between) {
+__device__ __forceinline__ bool key_products(S& s, bool l2norm, int warp, int lane, const Between& between) {
   // Kept over the loop of items, what follows from them would not leave the inverse enough registers.
   device::keep(warp), device::keep(lane);
   const Share<W> share(warp);
@@ -268,7 +260,7 @@ __device__ __forceinline__ bool key_products(S& s, Kept<W, Split>& kept, bool l2
     }
   });
   // Most keys go as they are; should they not, what is left here is left again.
-  if (!l2norm) exchange<W, Split>(s, kept, sum, share, lane);
+  if (!l2norm) exchange<W, Split>(s, sum, share, lane);
   any_long = block_any<W>(any_long);
   if (!l2norm && !any_long) return false;
   if (!l2norm) {
@@ -276,7 +268,7 @@ __device__ __forceinline__ bool key_products(S& s, Kept<W, Split>& kept, bool l2
     block_sync<W>();
   }
   scale_products<W>(s, sum, share, lane);
-  exchange<W, Split>(s, kept, sum, share, lane);
+  exchange<W, Split>(s, sum, share, lane);
   block_sync<W>();
   return !l2norm;
 }

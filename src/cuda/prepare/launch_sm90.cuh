@@ -23,7 +23,7 @@ cudaError_t launch_split(const Arguments& arguments, const CUtensorMap* maps, in
   int each = ctas_per_multiprocessor(W, Split);
   while (each > 1 && rounds(each - 1) == rounds(each)) --each;
   const int ctas = std::max(1, std::min(items, workers(each))) + telling;
-  kernel<<<ctas, 32 * W, kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
+  kernel<<<ctas, 32 * warps_of(W, Split), kShared, stream>>>(arguments, maps[kMapQ], maps[kMapK], maps[kMapV], maps[kMapO]);
   return cudaGetLastError();
 }
 

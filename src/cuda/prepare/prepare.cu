@@ -13,7 +13,8 @@ cudaError_t launch(const Arguments& arguments, const CUtensorMap* maps, device::
 }
 
 bool may_tell_early(std::int64_t items, int group, int multiprocessors) {
-  return items <= static_cast<std::int64_t>(kMostToldEarly) * (multiprocessors * ctas_per_multiprocessor(std::min(group, 4), false) - 2);
+  return items <=
+         most_told_early(group) * static_cast<std::int64_t>(multiprocessors * ctas_per_multiprocessor(std::min(group, 4), false) - 2);
 }
 
 }  // namespace flashdelta::cuda::prepare

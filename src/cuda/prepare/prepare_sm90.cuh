@@ -12,6 +12,7 @@
 #include "cuda/prepare/prepare.hpp"
 #include "cuda/prepare/saved.cuh"
 #include "cuda/prepare/shared.cuh"
+#include "cuda/prepare/team.cuh"
 #include "cuda/segment/uncut.cuh"
 
 namespace flashdelta::cuda::prepare {
@@ -125,7 +126,67 @@ static __device__ __noinline__ void tell_of_plan(const Inputs& a, PlanHeader* pl
   if (__syncthreads_or(uncut) == 0 && bounds != nullptr) clear_bounds_of_no_chunk(a, bounds);
 }
 
-// Split: T itself is wanted, for a backward. Early: what gates tell of all chunks is there before the next launch may begin (a.grown).
+// What of a record needs no product: gate sums, betas, exponents and norms. By one warp.
+__device__ __forceinline__ RecordTail& put_tail(const Arguments& a, unsigned char* record, const Gates& x, float2 c, const float* norm,
+                                                const float* key_scale, bool powers, int lane) {
+  auto& tail = *reinterpret_cast<RecordTail*>(record + kPanelBytes);
+  reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
+  float2 beta = make_float2(x.b0, x.b1);
+  reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(0, 0);
+  if (powers) {
+    const int e0 = norm_exponent(norm[2 * lane]), e1 = norm_exponent(norm[2 * lane + 1]);
+    reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(static_cast<signed char>(e0), static_cast<signed char>(e1));
+    beta = make_float2(ldexpf(x.b0, e0), ldexpf(x.b1, e1));
+  }
+  reinterpret_cast<float2*>(tail.beta)[lane] = beta;
+  if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(key_scale)[lane];
+  return tail;
+}
+
+// What the chunk forgets, for the plan; head: among those of its key head. Early: unless gates have told it. By one warp.
+template <bool Early>
+__device__ __forceinline__ void tell_forgotten(const Arguments& a, const Place& at, int head, const Gates& x, float gates,
+                                               const float* norm, int lane) {
+  if (a.bounds == nullptr) return;
+  const float growth = log_growth(x, norm, a.l2norm, lane);
+  if (lane == 31 && (!Early || growth != 0.F)) {
+    *bound_of(a, at, head) = forgotten(gates + growth);
+    if constexpr (Early) *a.grown = 1;
+  }
+}
+
+// squares: this lane's part (inverse.cuh). By one warp.
+template <Operand Type>
+__device__ __forceinline__ void put_hard(RecordTail& tail, float2 squares, const Factors& f, const float* norm, bool l2norm, int rows,
+                                         bool powers, int lane) {
+  const bool hard = is_hard<Type>(squares, f, norm, l2norm, rows, powers, tail, lane);
+  if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
+}
+
+// This lane's row of T's block (0, 0) in a record.
+__device__ __forceinline__ uint32_t row_of_record(const unsigned char* record, int lane) {
+  int row = lane;
+  device::keep(row);
+  return device::shared_address(record) + (row & 15) * 32 + (((row >> 4) ^ ((row >> 2) & 1)) << 4);
+}
+
+// Sends a record off, behind its writers' fences. By one warp.
+__device__ __forceinline__ void store_record(const Arguments& a, const unsigned char* record, const Place& at, int head, int lane) {
+  // Through a shuffle: with an address that ptxas does not know to be the same for all, each copy would be a loop.
+  const int number = __shfl_sync(~0U, at.slot * (a.H * a.group) + head, 0);
+  __syncwarp();
+  if (lane != 0) return;
+  const int bytes = record_bytes(a.l2norm);
+  const uint32_t from = device::shared_address(record);
+  unsigned char* const to = a.records + static_cast<std::int64_t>(number) * bytes;
+  // In the pieces that the chunk loop loads: tools that follow bulk copies match them.
+  device::store_run(to, from, panel_offset(1));
+  device::store_run(to + panel_offset(1), from + panel_offset(1), panel_offset(3) - panel_offset(1));
+  device::store_bytes(to + panel_offset(3), from + panel_offset(3), bytes - panel_offset(3));
+}
+
+// W: value heads at once. Split: T itself is wanted, for a backward. Early: what gates tell of all chunks is there before the next launch
+// may begin (a.grown).
 template <Operand Type, int W, bool Split, bool Early>
 __global__ void __maxnreg__(most_registers(W, Split))
     prepare_kernel(const __grid_constant__ Arguments a, const __grid_constant__ CUtensorMap map_q,
@@ -164,6 +225,8 @@ __global__ void __maxnreg__(most_registers(W, Split))
     }
     return;
   }
+  constexpr int kWarps = warps_of(W, Split);
+  constexpr bool kTeam = kWarps != W;  // one head's
   auto& derived = s.derived;
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);
@@ -184,17 +247,17 @@ __global__ void __maxnreg__(most_registers(W, Split))
   }
   __syncthreads();
   Given<W> given;
-  given.load(a, s.place[0], 0, tid);  // in front of the keys, behind which they would queue
-  const int number = blockIdx.x * W + warp;
+  if (!kTeam || warp == 0) given.load(a, s.place[0], 0, tid);  // in front of the keys, behind which they would queue
+  const int number = blockIdx.x * kWarps + warp;
   if (a.bounded_maps != nullptr && number < a.sequences.N) {
-    bound_maps(s.inputs.sequences, a.bounded_maps, map_q, map_k, map_v, map_o, number, workers(a) * W, s.scratch(warp), lane);
+    bound_maps(s.inputs.sequences, a.bounded_maps, map_q, map_k, map_v, map_o, number, workers(a) * kWarps, s.scratch(warp), lane);
   }
   const auto load_first = [&] {
     if (tid == 0 && s.place[0].rows > 0) load_k(s.place[0]);
   };
   if constexpr (Early) {
-    tell_gates<W>(a, s.place, warp, lane, load_first);
-    block_sync<W>();
+    tell_gates<W, kWarps>(a, s.place, warp, lane, load_first);
+    block_sync<kWarps>();
   } else {
     load_first();
   }
@@ -211,80 +274,76 @@ __global__ void __maxnreg__(most_registers(W, Split))
     if (rows <= 0) break;
     device::barrier_wait(s.full, n & 1);
     if (rows < kChunk) {  // what stands behind the end is not this sequence's
-      for (int e = tid; e < (kChunk - rows) * 16; e += 32 * W) {
+      for (int e = tid; e < (kChunk - rows) * 16; e += 32 * kWarps) {
         *reinterpret_cast<uint4*>(s.k + (e & 1) * (kChunk * 128) + (rows + (e >> 4)) * 128 + ((e >> 1) & 7) * 16) = make_uint4(0, 0, 0, 0);
       }
       device::fence_shared_to_async();
       __syncthreads();
     }
     if (warp == 0 && next.rows == kNotYet) find_places(s.inputs, s.place, n + 1, next.slot, workers(a), lane);
-    Kept<W, Split> kept;
-    const bool powers = key_products<Type, W, Split>(s, kept, a.l2norm, warp, lane, [&] {
-      given.put(a, s, tid);
-      if (warp == 0 && lane == 0 && next.rows > 0) load_k(next);
+    const bool powers = key_products<Type, kWarps, Split>(s, a.l2norm, warp, lane, [&] {
+      if (!kTeam || warp == 0) given.put(a, s, tid);
+      if (warp == 0 && lane == 0) {
+        if (next.rows > 0) load_k(next);
+        if constexpr (kTeam) device::wait_stores_read();  // for all warps: a barrier follows
+      }
     });
-#pragma unroll 1
-    for (int pass = 0; pass < a.group; pass += W) {
-      if (pass > 0) {
-        __syncthreads();
-        given.put(a, s, tid);
-        __syncthreads();
-      }
-      // Those of the next pass or item: while T is made, they come.
-      const bool last = pass + W >= a.group;
-      given.load(a, last ? next : here, last ? 0 : pass + W, tid);
-      if (pass + warp >= a.group) continue;
-      const int head = here.h * a.group + pass + warp;
+    if constexpr (kTeam) {
+      if (warp == 0) given.load(a, next, 0, tid);
+      Factors& factors = derived.factors[warp];
+      const Head& head = derived.head[0];
       float2 whole, c;
-      const Gates x = activate(a, derived.head[warp].given.g, derived.head[warp].given.beta, here.rows, head, lane, whole);
+      const Gates x = activate(a, head.given.g, head.given.beta, rows, here.h, lane, whole);
       BlockDecay decay;
-      Factors& factors = derived.head[warp].factors;
-      const bool split = make_factors(x, s.key_scale, powers, factors, decay, c, lane);
-      if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
-      __syncwarp();
-      auto& tail = *reinterpret_cast<RecordTail*>(derived.record[warp] + kPanelBytes);
-      reinterpret_cast<float2*>(tail.c)[lane] = make_float2(c.x * kLog2e, c.y * kLog2e);
-      float2 beta = make_float2(x.b0, x.b1);
-      reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(0, 0);
-      if (powers) {
-        const int e0 = norm_exponent(s.norm[2 * lane]), e1 = norm_exponent(s.norm[2 * lane + 1]);
-        reinterpret_cast<char2*>(tail.exponent)[lane] = make_char2(static_cast<signed char>(e0), static_cast<signed char>(e1));
-        beta = make_float2(ldexpf(x.b0, e0), ldexpf(x.b1, e1));
+      make_factors(x, s.key_scale, powers, factors, decay, c, lane);
+      uint32_t T[4][4];
+      const uint32_t record_row = row_of_record(derived.record[0], lane);
+      invert_own_diagonal<Type>(derived, factors, T[0], record_row, warp, lane);
+      __syncthreads();
+      if (warp > 0) {
+        invert_row<Type>(derived, factors, T, record_row, warp, lane);
+      } else {  // which has no blocks beside the diagonal
+        RecordTail& tail = put_tail(a, derived.record[0], x, c, s.norm, s.key_scale, powers, lane);
+        tell_forgotten<Early>(a, here, 0, x, c.y, s.norm, lane);
+        put_hard<Type>(tail, lane < 4 ? derived.squares[lane] : make_float2(0.F, 0.F), factors, s.norm, a.l2norm, rows, powers, lane);
+        if (a.saved_c.data != nullptr) save<Type>(a, here, here.h, derived.record[0], whole, lane);
       }
-      reinterpret_cast<float2*>(tail.beta)[lane] = beta;
-      if (a.l2norm) reinterpret_cast<float2*>(tail.norm)[lane] = reinterpret_cast<const float2*>(s.key_scale)[lane];
-      if (a.bounds != nullptr) {
-        const float growth = log_growth(x, s.norm, a.l2norm, lane);
-        if (lane == 31 && (!Early || growth != 0.F)) {
-          *bound_of(a, here, pass + warp) = forgotten(c.y + growth);
-          if constexpr (Early) *a.grown = 1;
-        }
-      }
-      int row = lane;
-      device::keep(row);
-      const uint32_t record_row = device::shared_address(derived.record[warp]) + (row & 15) * 32 + (((row >> 4) ^ ((row >> 2) & 1)) << 4);
-      const auto measure = [&](float2 squares) {
-        const bool hard = is_hard<Type>(squares, factors, s.norm, a.l2norm, here.rows, powers, tail, lane);
-        if (lane == 0) *reinterpret_cast<int4*>(&tail.hard) = make_int4(hard ? 1 : 0, 0, 0, 0);  // and the padding
-      };
-      if (Split && split) {
-        invert<Type, Split>(derived, kept, factors, decay, record_row, lane, measure);
-      } else {
-        invert<Type, false>(derived, kept, factors, decay, record_row, lane, measure);
-      }
-      if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, derived.record[warp], whole, lane);
-      // Through a shuffle: with an address that ptxas does not know to be the same for all, each copy would be a loop.
-      const int number = __shfl_sync(~0U, here.slot * (a.H * a.group) + head, 0);
       device::fence_shared_to_async();
-      __syncwarp();
-      if (lane == 0) {
-        const int bytes = record_bytes(a.l2norm);
-        const uint32_t record = device::shared_address(derived.record[warp]);
-        unsigned char* const to = a.records + static_cast<std::int64_t>(number) * bytes;
-        // In the pieces that the chunk loop loads: tools that follow bulk copies match them.
-        device::store_run(to, record, panel_offset(1));
-        device::store_run(to + panel_offset(1), record + panel_offset(1), panel_offset(3) - panel_offset(1));
-        device::store_bytes(to + panel_offset(3), record + panel_offset(3), bytes - panel_offset(3));
+      __syncthreads();
+      if (warp == 0) store_record(a, derived.record[0], here, here.h, lane);
+    } else {
+#pragma unroll 1
+      for (int pass = 0; pass < a.group; pass += W) {
+        if (pass > 0) {
+          __syncthreads();
+          given.put(a, s, tid);
+          __syncthreads();
+        }
+        // Those of the next pass or item: while T is made, they come.
+        const bool last = pass + W >= a.group;
+        given.load(a, last ? next : here, last ? 0 : pass + W, tid);
+        if (pass + warp >= a.group) continue;
+        const int head = here.h * a.group + pass + warp;
+        float2 whole, c;
+        const Gates x = activate(a, derived.head[warp].given.g, derived.head[warp].given.beta, here.rows, head, lane, whole);
+        BlockDecay decay;
+        Factors& factors = derived.head[warp].factors;
+        const bool split = make_factors(x, s.key_scale, powers, factors, decay, c, lane);
+        if (lane == 0) device::wait_stores_read();  // the record before this one has left shared memory
+        __syncwarp();
+        unsigned char* const record = derived.record[warp];
+        RecordTail& tail = put_tail(a, record, x, c, s.norm, s.key_scale, powers, lane);
+        tell_forgotten<Early>(a, here, pass + warp, x, c.y, s.norm, lane);
+        const uint32_t record_row = row_of_record(record, lane);
+        const auto measure = [&](float2 squares) { put_hard<Type>(tail, squares, factors, s.norm, a.l2norm, here.rows, powers, lane); };
+        if (Split && split) {
+          invert<Type, Split>(derived, factors, decay, record_row, lane, measure);
+        } else {
+          invert<Type, false>(derived, factors, decay, record_row, lane, measure);
+        }
+        if (a.saved_c.data != nullptr || a.saved_T.data != nullptr) save<Type>(a, here, head, record, whole, lane);
+        device::fence_shared_to_async();
+        store_record(a, record, here, head, lane);
       }
     }
   }

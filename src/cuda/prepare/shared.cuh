@@ -46,39 +46,34 @@ union Head {
 };
 
 // K K^T, left by the warps for one another.
-template <int Warps, bool Split>
+template <bool Split>
 struct Exchanged {
   float2 diagonal[4][3][32];                             // the diagonal blocks' upper triangles, accumulator layout, lane last
   alignas(16) uint32_t above[Split ? 12 : 6][2][2][32];  // blocks above it, [pair][row half][column half][lane], fp16; what fp16 lost
 };
-template <>
-struct Exchanged<1, false> {};
-
-// And what a warp that makes all of it keeps in registers instead.
-template <int Warps, bool Split>
-struct Kept {
-  static constexpr bool kUsed = false;
-};
-template <>
-struct Kept<1, false> {
-  static constexpr bool kUsed = true;
-  float2 diagonal[4][3];
-  uint32_t above[6][4];
-};
 // What is there only after the products of keys.
-template <int Warps, bool Split>
-struct Derived : Exchanged<Warps, Split> {
-  unsigned char record[Warps][record_bytes(true)];
-  Head head[Warps];
+template <int Heads, bool Split>
+struct Derived : Exchanged<Split> {
+  unsigned char record[Heads][record_bytes(true)];
+  Head head[Heads];
+};
+// Of one head by four warps, with factors of their own each: none waits for another's.
+template <>
+struct Derived<1, false> : Exchanged<false> {
+  unsigned char record[1][record_bytes(true)];
+  Head head[1];  // as given
+  Factors factors[4];
+  uint32_t columns[3][3][32];  // what blocks below diagonal block J are multiplied by: T_JJ with its column factor, B fragments
+  float2 squares[4];           // each diagonal block's part of the sums that tell a hard chunk
 };
 
 // Split: operands of two fp16 numbers.
-template <int Warps, bool Split>
+template <int Heads, bool Split>
 struct alignas(1024) Shared {
   unsigned char k[2 * kChunk * 128];  // two halves of K, 128-byte swizzled
   alignas(128) float norm[kChunk];    // |k|^2
   float key_scale[kChunk];            // what keys are multiplied by, where they are
-  Derived<Warps, Split> derived;
+  Derived<Heads, Split> derived;
   Inputs inputs;  // for functions out of line: they would read the kernel's parameters from memory
   Place place[kPlaces];
   int covered;  // Sequences::covered()
