@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CHUNK = 64
-# Of a chunk's terms, what float32 may lose: eight roundings of half a unit (2^-24 each). Not four: where all keys are equal and every beta
-# is 2, roundings are alike in all tokens and last: 217 such tokens lose six in float32, in chunks and token by token.
-ROUNDING = 2.0**-21
+# Of a chunk's terms, what float32 may lose: four roundings of half a unit (2^-24 each).
+ROUNDING = 2.0**-22
 
 
 def _t(x: np.ndarray) -> np.ndarray:
