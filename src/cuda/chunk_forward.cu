@@ -112,7 +112,7 @@ Scalars scalars(const op::Tensor& t) {
 
 prepare::PerToken per_token(const op::Tensor& t) {
   const Scalars x = scalars(t);
-  const int bytes = x.type == device::Type::f32 ? 4 : 2;
+  const std::int64_t bytes = op::size_of(t.dtype);
   return {static_cast<const char*>(x.data), x.type, x.row * bytes, x.token * bytes, x.head * bytes};
 }
 

@@ -540,6 +540,16 @@ TEST_F(CudaSegmentCounts, OfLargeCallsAreOfCuts) {
   }
 }
 
+// A plan takes longer than it saves there; in packs lengths tell it on the device.
+TEST_F(CudaSegmentCounts, ShortCallsAreNotCut) {
+  for (const auto mode : {kAuto, kExact}) {
+    EXPECT_EQ(counts_of({.name = "Few", .T = 1500, .H = 2, .HV = 8}, {mode}), (Counts{8, 0, 0, 0}));
+    EXPECT_EQ(counts_of({.name = "Many", .T = 3000, .H = 8, .HV = 32}, {mode}), (Counts{32, 0, 0, 0}));
+    EXPECT_EQ(counts_of({.name = "Pack", .T = 2000, .cu_seqlens = {0, 700, 700, 2000}}, {mode}), (Counts{6, 0, 0, 0}));
+    EXPECT_GT(counts_of({.name = "Longer", .T = 4096, .H = 2, .HV = 8}, {mode})[0], 8);
+  }
+}
+
 // |1 - beta |k|^2| up to 63 counts against the gates.
 TEST_F(CudaSegmentCounts, LongKeysCountAgainstTheGates) {
   LongCase c{.name = "LongKeys", .T = 16384, .gates = Gates::minus_5, .beta = Strength::one, .key_length = 8, .beta_by_length = false};

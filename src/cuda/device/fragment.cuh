@@ -128,6 +128,15 @@ __device__ __forceinline__ std::uint32_t transpose_matrix(std::uint32_t a) {
   return r;
 }
 
+// Two sums over a warp at once: x's in lanes 0 to 15, y's in lanes 16 to 31.
+__device__ __forceinline__ float sum_halves(float x, float y, int lane) {
+  const bool upper = lane >= 16;
+  float sum = (upper ? y : x) + __shfl_xor_sync(~0U, upper ? x : y, 16);
+#pragma unroll
+  for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(~0U, sum, o);
+  return sum;
+}
+
 // Has a value stay in its register: the compiler would rather compute it again from the thread number in every round of a loop.
 __device__ __forceinline__ void keep(std::uint32_t& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }

@@ -48,6 +48,7 @@ constexpr int most_told_early(int heads) { return heads == 1 ? kBatch : 8; }
 // Warps of a CTA that takes so many value heads of a key head at once: one each. A single head has four, which share its work out
 // (team.cuh): alone, a warp mostly waits. Not where T itself is wanted.
 constexpr int warps_of(int heads, bool split) { return heads == 1 && !split ? 4 : heads; }
+constexpr bool is_team(int heads, int warps) { return warps != heads; }
 
 // CTAs per multiprocessor for so many heads: what shared memory allows (16 KB of keys, 6 KB of exchange, 7 KB a head), and registers: where
 // one CTA's place is free, the plan of segments (two warps of 64 registers a quarter) fits there.

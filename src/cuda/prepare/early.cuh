@@ -30,7 +30,7 @@ __device__ __forceinline__ int first_item(const Arguments& a) {
 // the first two's gates, which would queue behind keys.
 template <int W, int Warps, class F>
 __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* place, int warp, int lane, const F& load_keys) {
-  constexpr bool kTeam = Warps != W;  // of one head, whose chunks the warps share out
+  constexpr bool kTeam = is_team(W, Warps);
   int items = 0;
   while (place[items].rows > 0) ++items;
 #pragma unroll 1
@@ -53,11 +53,8 @@ __device__ __forceinline__ void tell_gates(const Arguments& a, const Place* plac
         if (a.gate_in_kernel) x = activate_raw(a, x, at.h * a.group + min(head, a.group - 1));
         sums[u] = (lane < at.rows ? held_up(x.g0) : 0.F) + (lane + 32 < at.rows ? held_up(x.g1) : 0.F);
       }
-      const bool upper = lane >= 16;  // has the second chunk's sum
-      float sum = (upper ? sums[1] : sums[0]) + __shfl_xor_sync(~0U, upper ? sums[0] : sums[1], 16);
-#pragma unroll
-      for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(~0U, sum, o);
-      const Place& at = place[n + (upper ? 1 : 0)];
+      const float sum = device::sum_halves(sums[0], sums[1], lane);
+      const Place& at = place[n + lane / 16];
       if (lane % 16 == 0 && at.rows > 0 && head < a.group) *bound_of(a, at, head) = forgotten(sum);
     }
   }

@@ -226,7 +226,7 @@ __global__ void __maxnreg__(most_registers(W, Split))
     return;
   }
   constexpr int kWarps = warps_of(W, Split);
-  constexpr bool kTeam = kWarps != W;  // one head's
+  constexpr bool kTeam = is_team(W, kWarps);
   auto& derived = s.derived;
   const auto load_k = [&](const Place& at) {
     device::barrier_arrive_expect(s.full, kChunk * kHead * 2);

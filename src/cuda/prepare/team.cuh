@@ -65,10 +65,7 @@ __device__ __forceinline__ void invert_own_diagonal(S& s, const Factors& f, uint
     for (int e = 0; e < 3; ++e) s.columns[i][e][lane] = block.b[e];
   }
   const float2 mine = squares.of_lane(r, q);
-  const bool upper = lane >= 16;  // has the second sum
-  float sum = (upper ? mine.y : mine.x) + __shfl_xor_sync(~0U, upper ? mine.x : mine.y, 16);
-#pragma unroll
-  for (int o = 8; o > 0; o >>= 1) sum += __shfl_xor_sync(~0U, sum, o);
+  const float sum = device::sum_halves(mine.x, mine.y, lane);
   if (lane == 0) s.squares[i].x = sum;
   if (lane == 16) s.squares[i].y = sum;
 }

@@ -56,7 +56,9 @@ __device__ __forceinline__ Segment alike_segment(const Arguments& a, const Alike
 __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const __grid_constant__ Arguments a) {
   __shared__ AlikeShared s;
   device::allow_dependent_launch();
-  device::wait_for_previous_launch();
+  // Without warm-ups lengths tell all, and the list is there before `prepare` ends.
+  const bool reads_bounds = a.mode == Mode::automatic;
+  if (reads_bounds) device::wait_for_previous_launch();
   const int pairs = a.sequences.N * a.HV;
   const auto warm_of = [&](int boundary) { return a.plan.warm[boundary]; };
   Tickets t{};
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
           const Segment x = alike_segment(a, s, first, boundaries, k);
           if (x.first()) continue;
           const signed char* cut = a.forgotten + static_cast<std::int64_t>(x.pair.head) * forgotten_row(a.slots) + x.pair.slot + x.begin;
-          a.plan.warm[x.boundary] = a.mode == Mode::automatic ? warm_up(cut, x.begin, a.enough) : 0;
+          a.plan.warm[x.boundary] = reads_bounds ? warm_up(cut, x.begin, a.enough) : 0;
           a.plan.arrived[x.boundary] = a.plan.scanned[x.boundary] = 0;
         }
         __syncthreads();
@@ -110,9 +112,9 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
     for (int i = threadIdx.x; i < pairs; i += kThreads) a.plan.initial_read[i] = 0;
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  hand_out(a.plan.header, PlanHeader::of(t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors)));
-  if (a.counts == nullptr) return;
+  if (threadIdx.x == 0) hand_out(a.plan.header, PlanHeader::of(t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors)));
+  device::wait_for_previous_launch();  // what waits for this launch waits for `prepare` too
+  if (threadIdx.x != 0 || a.counts == nullptr) return;
   const int exact_boundaries = t.exact_boundaries(halves);
   a.counts[0] = pairs + warm_boundaries + exact_boundaries, a.counts[1] = warm_boundaries, a.counts[2] = exact_boundaries;
   a.counts[3] = warm_chunks;

@@ -61,7 +61,8 @@ __host__ __device__ __forceinline__ Uncut uncut(const Lengths& lengths, int N, i
   x.busy = fminf(x.time, x.halves ? kTiles * (kHalf * x.share + begins) : x.share + begins);
   x.longest_whole = max(static_cast<int>(x.share * kNeverCut), 2 * kShortest - 1);
   const bool listable = same < kMostListed + 0.5F;
-  x.worth_cutting = listable && lengths.longest > x.longest_whole && kAtBest * (x.share + begins) + kPlan <= x.time;
+  const float even = x.share + begins, at_best = fminf(kAtBest * even + kPlan, kAtBestLong * even + kPlanLong);
+  x.worth_cutting = listable && lengths.longest > x.longest_whole && at_best <= x.time;
   return x;
 }
 
