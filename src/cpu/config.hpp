@@ -31,6 +31,12 @@ constexpr std::int64_t kPad = 16;
 // Log gates below this act as this: exp is 0 in float64 already, and -inf - -inf never arises.
 constexpr double kGateFloor = -1000.0;
 
+// A chunk in which roundings last is solved in float64 (simd/hard-inl.h). Only tokens with beta |k|^2 this much above 1 can make it one,
+// since of what others round a third is left after five of them ...
+constexpr double kLeastReflection = 0.8;
+// ... and their pairs must have this mean: 1 for equal keys with beta 2, 1/4 for four directions in turn, 1 / K for independent keys.
+constexpr double kHardMean = 0.02;
+
 // A segment's extra pass (local state and transition) must be worth its work: no segment below this many chunks ...
 constexpr std::int64_t kMinSegmentChunks = 4;
 // ... and none unless the longest sequence is this many times what a thread would get of an even split.

@@ -209,6 +209,42 @@ TEST(CpuContractOnce, ZeroVectorsUnderL2NormStayZero) {
   expect_contract(call, out);
 }
 
+// Reflections by keys that come again: what one token rounds, all that follow with its key round as well, and nothing forgets it.
+TEST(CpuContractOnce, RoundingsOfRepeatedKeysDoNotAddUp) {
+  struct Repeats {
+    std::int64_t K, directions;
+    bool l2norm, sigmoid;
+    double beta, gate, length;
+  };
+  for (const Repeats& r :
+       {Repeats{128, 1, true, false, 2, 0, 3}, Repeats{239, 1, true, true, 9, 0, 1}, Repeats{128, 1, false, false, 1, 0, 2},
+        Repeats{128, 1, true, false, 1.99, -1e-3, 1}, Repeats{64, 2, true, false, 2, 0, 1}, Repeats{128, 16, true, false, 2, 0, 1},
+        Repeats{8, 900, true, false, 2, 0, 1}}) {
+    Call call = make_call({.name = "Repeats",
+                           .T = 900,
+                           .HV = 2,
+                           .K = r.K,
+                           .V = 20,
+                           .gate = Gate::zero,
+                           .beta = r.sigmoid ? Beta::sigmoid_twice : Beta::two,
+                           .l2norm = r.l2norm});
+    HostTensor& k = call.inputs["k"];
+    // Of squared length 2 where they are not normalised.
+    const double size = r.l2norm ? r.length : std::sqrt(r.length);
+    for (std::int64_t i = 0; i < k.size(); ++i) {
+      k.put(i, i / r.K < r.directions ? size * k[i] : k[i - r.directions * r.K]);
+    }
+    call.inputs["beta"].fill(r.beta);
+    call.inputs["g"].fill(r.gate);
+    for (const auto set : {FLASHDELTA_INSTRUCTION_SET_BEST, FLASHDELTA_INSTRUCTION_SET_BASELINE}) {
+      const std::string which = "K " + number(r.K) + ", directions " + number(r.directions) + ", beta " + std::to_string(r.beta);
+      call.options.instruction_set = set;
+      expect_contract(call, forward_and_backward(call), which);
+      expect_contract(call, recurrent_forward(call), which + ", token by token");
+    }
+  }
+}
+
 TEST(CpuContractOnce, OutputGradientsMayHaveADtypeOfTheirOwn) {
   for (const DType dtype : kDTypes) {
     Call call = make_call({.name = "Gradients", .T = 80, .HV = 2, .dtype = DType::bf16});

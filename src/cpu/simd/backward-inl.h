@@ -24,13 +24,17 @@ HWY_INLINE void LoadOrZero(const op::Tensor& x, const Place& at, Index h, Index 
 
 // One block of value columns of the reverse chain, dS its part of the state's gradient.
 HWY_INLINE void BackwardStateBlock(const op::Problem& p, const Place& at, Index h, bool with_o, Index v0, Index w, const Gates& gates,
-                                   float* dS, const BackwardStateScratch& s) {
+                                   float* dS, const BackwardStateScratch& s, const Hard<kC>& hard) {
   constexpr Index ldt = kSquare<kC>;
   const Index m = at.m, wp = padded(w);
   if (with_o) LoadTile(p.d_o, at.b, at.t, at.rows, m, h, v0, w, s.d_o, kLdB);
   Gemm(m, w, p.K, {s.kT, 1, ldt}, {dS, wp}, {.data = s.dU, .ld = kLdB, .rows = gates.tail});
   if (with_o) Gemm(m, w, m, {s.P, 1, ldt}, {s.d_o, kLdB}, {.data = s.dU, .ld = kLdB, .c0 = 1}, Shape::left_upper);
-  Gemm(m, w, m, {s.T, 1, ldt}, {s.dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper);
+  if (hard.is) {
+    SolveHard<true>(hard, m, wp, s.dU, s.dX);
+  } else {
+    Gemm(m, w, m, {s.T, 1, ldt}, {s.dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper);
+  }
   for (Index i = 0; i < m; ++i) {
     ScaleRow(s.dX + i * kLdB, gates.gam[i] * gates.beta[i], wp);
     if (with_o) ScaleRow(s.d_o + i * kLdB, gates.gam[i], wp);
@@ -40,17 +44,18 @@ HWY_INLINE void BackwardStateBlock(const op::Problem& p, const Place& at, Index 
 }
 
 void BackwardState(const op::Problem& p, const Span& span, std::int64_t h, Pass pass, float* d_state, float* scratch) {
-  const Index width = pass == Pass::transition ? p.K : p.V, hk = h / (p.HV / p.H);
+  const Index width = pass == Pass::transition ? p.K : p.V;
   const bool with_o = pass != Pass::transition && p.d_o;
   const BackwardStateScratch s(p, scratch);
   Gates gates;
+  Hard<kC> hard;
   for (Index chunk = span.last - 1; chunk >= span.first; --chunk) {
     const Place at = PlaceOf(p, span.n, chunk);
     LoadGates(p, at, h, gates);
-    PrepareChunk<kC>(p, at, hk, with_o, gates, s);
+    PrepareChunk<kC>(p, at, h, with_o, gates, s, &hard);
     for (Index v0 = 0; v0 < width; v0 += kValueBlock) {
       const Index w = std::min<Index>(kValueBlock, width - v0);
-      BackwardStateBlock(p, at, h, with_o, v0, w, gates, d_state + v0 * padded(p.K), s);
+      BackwardStateBlock(p, at, h, with_o, v0, w, gates, d_state + v0 * padded(p.K), s, hard);
     }
   }
 }
@@ -71,6 +76,7 @@ struct Halves {
   Place at, first, next, next_whole;
   bool second;
   Gates gates, first_gates;
+  Hard<kH> hard, first_hard;
   Ahead* ahead;
 };
 
@@ -129,7 +135,13 @@ HWY_INLINE void CarryAcross(const op::Problem& p, const Halves& x, Index h, Inde
   LoadTile(p.v, at.b, at.t, at.rows, at.m, h, v0, w, s.R, kLdB);
   Gemm(at.m, w, p.K, {s.kT_first, 1, kLdH}, {s.S, kLdB}, {.data = s.R, .ld = kLdB, .c0 = 1, .alpha = -1, .rows = x.first_gates.gam},
        Shape::full, x.ahead);
-  Gemm(at.m, w, at.m, {s.T_first, kLdH, 1}, {s.R, kLdB}, {.data = s.U, .ld = kLdB, .rows = x.first_gates.tail}, Shape::left_lower, x.ahead);
+  if (x.first_hard.is) {
+    SolveHard<false>(x.first_hard, at.m, padded(w), s.R, s.U);
+    for (Index i = 0; i < at.m; ++i) ScaleRow(s.U + i * kLdB, x.first_gates.tail[i], padded(w));
+  } else {
+    Gemm(at.m, w, at.m, {s.T_first, kLdH, 1}, {s.R, kLdB}, {.data = s.U, .ld = kLdB, .rows = x.first_gates.tail}, Shape::left_lower,
+         x.ahead);
+  }
   Gemm(p.K, w, at.rows, {s.kT_first, kLdH, 1}, {s.U, kLdB}, {.data = s.S, .ld = kLdB, .c0 = x.first_gates.gl}, Shape::full, x.ahead);
 }
 
@@ -143,7 +155,11 @@ HWY_INLINE void MakeU(const op::Problem& p, const Halves& x, Index h, Index v0, 
   Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {s.S, kLdB}, {.data = s.kS, .ld = kLdB}, Shape::full, x.ahead);
   float* X = s.dX;
   Residual(x.gates, s.kS, m, wp, s.R, X);
-  Gemm(m, wp, m, {s.T, kLdH, 1}, {X, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower, x.ahead);
+  if (x.hard.is) {
+    SolveHard<false>(x.hard, m, wp, s.R, s.U);
+  } else {
+    Gemm(m, wp, m, {s.T, kLdH, 1}, {X, kLdB}, {.data = s.U, .ld = kLdB}, Shape::left_lower, x.ahead);
+  }
   LoadOrZero(p.d_o, at, h, v0, w, s.d_o, kLdB);
 }
 
@@ -184,7 +200,11 @@ HWY_NOINLINE void BackwardBlock(const op::Problem& p, const Halves& x, Index h, 
   Gemm(m, wp, p.K, {s.kT, 1, kLdH}, {dS, wp}, {.data = dU, .ld = kLdB, .rows = gates.tail}, Shape::full, x.ahead);
   for (Index i = 0; i < m; ++i) sum.write[i] += static_cast<double>(Dot(s.U + i * kLdB, dU + i * kLdB, wp));
   Gemm(m, wp, m, {s.P, 1, kLdH}, {s.d_o, kLdB}, {.data = dU, .ld = kLdB, .c0 = 1}, Shape::left_upper, x.ahead);
-  Gemm(m, wp, m, {s.T, 1, kLdH}, {dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper, x.ahead);
+  if (x.hard.is) {
+    SolveHard<true>(x.hard, m, wp, dU, s.dX);
+  } else {
+    Gemm(m, wp, m, {s.T, 1, kLdH}, {dU, kLdB}, {.data = s.dX, .ld = kLdB}, Shape::left_upper, x.ahead);
+  }
   for (Index i = 0; i < m; ++i) {
     const float *dX = s.dX + i * kLdB, *kS = s.kS + i * kLdB;
     float* row = s.R + i * kLdB;
@@ -309,19 +329,24 @@ HWY_INLINE void LoadBlock(const op::Problem& p, const StateSource& from, Index h
   for (Index i = 0; i < padded(p.K); ++i) std::memcpy(s.S + i * kLdB, block + i * wp, static_cast<std::size_t>(wp) * sizeof(float));
 }
 
-// Gates, T and P of one value head's half chunk.
+// Gates, T (unless it is hard) and P of one value head's half chunk.
 HWY_NOINLINE void PrepareHead(const op::Problem& p, Halves& x, Index h, const BackwardScratch& s) {
+  const Index hk = h / (p.HV / p.H);
   float* G = s.dL;
   if (x.second) {
     LoadGates(p, x.first, h, x.first_gates);
     Decays<kH>(x.first_gates, x.first.m, G);
-    MakeInverse(x.first_gates, s.kk_first, G, x.first.m, s.wide, s.T_first);
-    ScaleColumns<kH>(s.T_first, x.first_gates.beta, x.first.m);
+    FindHard(p, x.first, h, hk, s.kT_first, s.kk_first, G, x.first_gates, x.first_hard);
+    if (!x.first_hard.is) {
+      MakeInverse(x.first_gates, s.kk_first, G, x.first.m, s.wide, s.T_first);
+      ScaleColumns<kH>(s.T_first, x.first_gates.beta, x.first.m);
+    }
   }
   LoadGates(p, x.at, h, x.gates);
   Decays<kH>(x.gates, x.at.m, G);
   MaskedByDecay<kH>(s.qk, G, x.at.m, s.P);
-  MakeInverse(x.gates, s.kk, G, x.at.m, s.wide, s.T);
+  FindHard(p, x.at, h, hk, s.kT, s.kk, G, x.gates, x.hard);
+  if (!x.hard.is) MakeInverse(x.gates, s.kk, G, x.at.m, s.wide, s.T);
 }
 
 // One value head's half chunk. `first` of those worked on together sets E and N, the others add to them.

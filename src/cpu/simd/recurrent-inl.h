@@ -8,7 +8,7 @@
 #endif
 
 #include "cpu/scratch.hpp"
-#include "cpu/simd/chunk-inl.h"
+#include "cpu/simd/hard-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace flashdelta::cpu {
@@ -77,6 +77,18 @@ HWY_NOINLINE void StoreRows(const op::Problem& p, Index n, Index h, const Recurr
   }
 }
 
+// The same as Dot, in float64.
+HWY_INLINE double WideDot(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, Index n) {
+  const DD d;
+  const hn::Rebind<float, DD> df;
+  VD s0 = hn::Zero(d), s1 = hn::Zero(d);
+  for (Index j = 0; j < n; j += 2 * kWide) {
+    s0 = hn::MulAdd(hn::PromoteTo(d, hn::LoadU(df, a + j)), hn::PromoteTo(d, hn::LoadU(df, b + j)), s0);
+    s1 = hn::MulAdd(hn::PromoteTo(d, hn::LoadU(df, a + j + kWide)), hn::PromoteTo(d, hn::LoadU(df, b + j + kWide)), s1);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(s0, s1)));
+}
+
 // One token: from k, q, v in s, the state there becomes the next and s.o the output. OnePass takes decay, read, update and output of a row
 // while it is in registers; SeparatePasses makes a pass over the whole state for each.
 struct OnePass {
@@ -103,6 +115,15 @@ struct SeparatePasses {
   }
 };
 
+// A token whose rounding may last: what it reads is summed in float64, and beta has what rounding took from its key's length.
+HWY_NOINLINE void StepOfReflection(const RecurrentScratch& s, Index ld, Index V, float g, double beta) {
+  for (Index j = 0; j < V; ++j) {
+    float* row = s.S + j * ld;
+    const double u = beta * (static_cast<double>(s.v[j]) - static_cast<double>(g) * WideDot(s.k, row, ld));
+    s.o[j] = UpdateAndRead(row, s.k, s.q, g, static_cast<float>(u), ld);
+  }
+}
+
 template <class Rule>
 void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scratch) {
   const RecurrentScratch s(p, scratch);
@@ -114,8 +135,13 @@ void Recurrent(const op::Problem& p, std::int64_t n, std::int64_t h, float* scra
     LoadVector(p, p.q, seq.row, t, hk, static_cast<float>(p.scale), s.q);
     LoadRow(p.v.dtype, p.v.at(seq.row, t, h), p.v.stride[3], p.V, s.v);
     const auto g = static_cast<float>(std::exp(LogGate(p, seq.row, t, h)));
-    const auto beta = static_cast<float>(Beta(p, seq.row, t, h));
-    Rule::Step(s, ld, p.V, g, beta);
+    const double beta = Beta(p, seq.row, t, h);
+    const auto rounded = static_cast<float>(beta);
+    if (Reflection(rounded, Dot(s.k, s.k, ld)) > kLeastReflection) {
+      StepOfReflection(s, ld, p.V, g, beta * LengthRatio(p, seq.row, t, hk, WideDot(s.k, s.k, ld)));
+    } else {
+      Rule::Step(s, ld, p.V, g, rounded);
+    }
     StoreRow(p.o.dtype, p.o.at(seq.row, t, h), p.o.stride[3], p.V, s.o);
   }
   if (p.final_state) StoreRows(p, n, h, s);
