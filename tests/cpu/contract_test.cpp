@@ -219,9 +219,9 @@ TEST(CpuContractOnce, RoundingsOfRepeatedKeysDoNotAddUp) {
   for (const Repeats& r :
        {Repeats{128, 1, true, false, 2, 0, 3}, Repeats{239, 1, true, true, 9, 0, 1}, Repeats{128, 1, false, false, 1, 0, 2},
         Repeats{128, 1, true, false, 1.99, -1e-3, 1}, Repeats{64, 2, true, false, 2, 0, 1}, Repeats{128, 16, true, false, 2, 0, 1},
-        Repeats{8, 900, true, false, 2, 0, 1}}) {
+        Repeats{8, 400, true, false, 2, 0, 1}}) {
     Call call = make_call({.name = "Repeats",
-                           .T = 900,
+                           .T = 400,
                            .HV = 2,
                            .K = r.K,
                            .V = 20,
