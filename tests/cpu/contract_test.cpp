@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <numbers>
 
 #include "support/case.hpp"
 
@@ -214,12 +215,12 @@ TEST(CpuContractOnce, RoundingsOfRepeatedKeysDoNotAddUp) {
   struct Repeats {
     std::int64_t K, directions;
     bool l2norm, sigmoid;
-    double beta, gate, length;
+    double beta, gate, key_length;
   };
   for (const Repeats& r :
-       {Repeats{128, 1, true, false, 2, 0, 3}, Repeats{239, 1, true, true, 9, 0, 1}, Repeats{128, 1, false, false, 1, 0, 2},
-        Repeats{128, 1, true, false, 1.99, -1e-3, 1}, Repeats{64, 2, true, false, 2, 0, 1}, Repeats{128, 16, true, false, 2, 0, 1},
-        Repeats{8, 400, true, false, 2, 0, 1}}) {
+       {Repeats{128, 1, true, false, 2, 0, 3}, Repeats{239, 1, true, true, 9, 0, 1},
+        Repeats{128, 1, false, false, 1, 0, std::numbers::sqrt2}, Repeats{128, 1, true, false, 1.99, -1e-3, 1},
+        Repeats{64, 2, true, false, 2, 0, 1}, Repeats{128, 16, true, false, 2, 0, 1}, Repeats{8, 400, true, false, 2, 0, 1}}) {
     Call call = make_call({.name = "Repeats",
                            .T = 400,
                            .HV = 2,
@@ -229,10 +230,8 @@ TEST(CpuContractOnce, RoundingsOfRepeatedKeysDoNotAddUp) {
                            .beta = r.sigmoid ? Beta::sigmoid_twice : Beta::two,
                            .l2norm = r.l2norm});
     HostTensor& k = call.inputs["k"];
-    // Of squared length 2 where they are not normalised.
-    const double size = r.l2norm ? r.length : std::sqrt(r.length);
     for (std::int64_t i = 0; i < k.size(); ++i) {
-      k.put(i, i / r.K < r.directions ? size * k[i] : k[i - r.directions * r.K]);
+      k.put(i, i / r.K < r.directions ? r.key_length * k[i] : k[i - r.directions * r.K]);
     }
     call.inputs["beta"].fill(r.beta);
     call.inputs["g"].fill(r.gate);

@@ -28,8 +28,10 @@ HWY_INLINE void PrepareChunk(const op::Problem& p, const Place& at, Index h, boo
     MaskedByDecay<C>(s.P, s.G, m, s.P);
   }
   TimesKeys(p, s.kT, s.kT, ldt, m, s.T);
-  if (hard != nullptr) FindHard<C>(p, at, h, hk, s.kT, s.T, s.G, gates, *hard);
-  if (hard != nullptr && hard->is) return;
+  if (hard != nullptr) {
+    FindHard<C>(p, at, h, hk, s.kT, s.T, s.G, gates, *hard);
+    if (hard->is) return;
+  }
   MakeL<C>(s.T, s.G, gates, m, s.T);
   Inverse<C>(m, s.wide, s.T);
 }
