@@ -18,6 +18,7 @@ constexpr int kTile = 64;  // channels of a shared-memory tile: 128 bytes, the w
 constexpr int kTiles = kHead / kTile;
 constexpr int kTileBytes = kChunk * kTile * 2;
 constexpr float kLog2e = 1.4426950408889634F;
+constexpr double kNormEpsilon = 1e-6;  // of the l2-norm, by definition
 
 // A log gate below this forgets everything in float32 (exp(-128) is less than half its smallest number), and -inf would leave inf - inf
 // behind. Not lower: the sum of a chunk's gates must keep small gates beside such ones (64 * 128 has a rounding of 5e-4).

@@ -184,6 +184,35 @@ const LongCase kLong[] = {
     {.name = "RepeatedKeys", .T = 4000, .gates = Gates::turns, .beta = Strength::one, .key_cosine = 1},
     {.name = "CloseKeys", .T = 4000, .gates = Gates::turns, .key_cosine = 0.99},
     {.name = "CloseKeysGate0Fp16", .T = 4000, .dtype = DType::f16, .gates = Gates::zero, .key_cosine = 0.99},
+    {.name = "Beta0To2SimilarKeysGate0", .T = 4000, .gates = Gates::zero, .beta = Strength::twice_sigmoid, .key_cosine = 0.3},
+    {.name = "Beta0To2SimilarKeysGate0Fp16",
+     .T = 4000,
+     .dtype = DType::f16,
+     .gates = Gates::zero,
+     .beta = Strength::twice_sigmoid,
+     .key_cosine = 0.3},
+    {.name = "Beta0To2CloserKeysGate0", .T = 4000, .gates = Gates::zero, .beta = Strength::twice_sigmoid, .key_cosine = 0.5},
+    {.name = "Beta0To2CloserKeysGate0Fp16",
+     .T = 4000,
+     .dtype = DType::f16,
+     .gates = Gates::zero,
+     .beta = Strength::twice_sigmoid,
+     .key_cosine = 0.5},
+    {.name = "Beta1Gate0", .T = 4000, .gates = Gates::zero, .beta = Strength::one},
+    {.name = "ReflectsOneKeyOfEight", .T = 4096, .gates = Gates::zero, .beta = Strength::eighth_two, .key_period = 8},
+    {.name = "ReflectsOneKeyOfEightFp16",
+     .T = 4096,
+     .dtype = DType::f16,
+     .gates = Gates::zero,
+     .beta = Strength::eighth_two,
+     .key_period = 8},
+    {.name = "ReflectsOneKeyOfSixteen", .T = 4096, .gates = Gates::zero, .beta = Strength::eighth_two, .key_period = 16},
+    {.name = "ReflectsOneKeyOfSixteenFp16",
+     .T = 4096,
+     .dtype = DType::f16,
+     .gates = Gates::zero,
+     .beta = Strength::eighth_two,
+     .key_period = 16},
     {.name = "KeysOfLength0Point1", .T = 4000, .key_length = 0.1},
     {.name = "KeysOfLength8", .T = 4000, .gates = Gates::turns, .key_length = 8},
     {.name = "KeysOfLength8HeldDown", .T = 4000, .gates = Gates::minus_5, .beta = Strength::one, .key_length = 8, .beta_by_length = false},
@@ -212,6 +241,51 @@ TEST_P(CudaLongSegments, HoldTheContractHoweverACallIsCut) {
     EXPECT_LE(relative_difference(call.tensor("final_state"), uncut->final_state()),
               twice_the_rounding(of_uncut.final_state, contract(c.dtype).final_state) + stored)
         << text(cut);
+  }
+}
+
+// One key, always with beta 2, and next to no gates: nothing is forgotten, and what is rounded of the key's length, or of a gate, is the
+// same at each token. So is what a scan rounds of the same transition, segment for segment: exact differs from off by more than these err.
+const LongCase kReflections[] = {
+    {.name = "ReflectionsByOneKey",
+     .T = 8192,
+     .gates = Gates::zero,
+     .beta = Strength::two,
+     .key_length = 3,
+     .key_cosine = 1,
+     .beta_by_length = false,
+     .l2norm = true},
+    {.name = "ReflectionsByOneKeyFp16",
+     .T = 8192,
+     .dtype = DType::f16,
+     .gates = Gates::zero,
+     .beta = Strength::two,
+     .key_length = 3,
+     .key_cosine = 1,
+     .beta_by_length = false,
+     .l2norm = true},
+    {.name = "ReflectionsByOneKeySlightGatesFp16",
+     .T = 8192,
+     .dtype = DType::f16,
+     .gates = Gates::slight,
+     .beta = Strength::two,
+     .key_length = 3,
+     .key_cosine = 1,
+     .beta_by_length = false,
+     .l2norm = true},
+    {.name = "ReflectionsByOneUnitKeyFp16", .T = 8192, .dtype = DType::f16, .gates = Gates::slight, .beta = Strength::two, .key_cosine = 1},
+};
+
+class CudaLongReflections : public GpuTest, public ::testing::WithParamInterface<LongCase> {};
+INSTANTIATE_TEST_SUITE_P(, CudaLongReflections, ::testing::ValuesIn(kReflections),
+                         [](const auto& param_info) { return param_info.param.name; });
+
+TEST_P(CudaLongReflections, HoldTheContractHoweverACallIsCut) {
+  LongCall call(GetParam());
+  for (const Cut& cut : kLongCuts) {
+    call.set_cut(cut);
+    ASSERT_NO_FATAL_FAILURE(call.run()) << text(cut);
+    call.expect_contract(text(cut));
   }
 }
 

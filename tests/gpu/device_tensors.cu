@@ -28,6 +28,7 @@ __device__ float gate(Gates kind, const View& x, const Index& at, float n) {
   switch (kind) {
     case Gates::benchmark: return at.k % 4 == 3 ? 0 : -log1pf(expf(-n)) / 16;
     case Gates::minus_5: return -5;
+    case Gates::slight: return -1e-5F;
     case Gates::minus_1000: return -1000;
     case Gates::burst: return at.j >= burst && at.j < burst + 3 ? -50 : 0;
     case Gates::turns: return at.j / 1024 % 2 == 0 ? 0 : -1;
@@ -105,6 +106,22 @@ __global__ void copy_elements(View from, View to) {
     } else {
       *reinterpret_cast<unsigned short*>(at) = static_cast<unsigned short>(bits(from, i));
     }
+  }
+}
+
+__global__ void repeat_elements(View x, std::int64_t period) {
+  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < size_of(x); i += std::int64_t{gridDim.x} * blockDim.x) {
+    const Index at = index_at(x, i);
+    if (at.j < period) continue;
+    const double value = load(x, at.i, at.j % period, at.k, at.l);
+    store(x, at.i * x.stride[0] + at.j * x.stride[1] + at.k * x.stride[2] + at.l * x.stride[3], static_cast<float>(value));
+  }
+}
+
+__global__ void fill_elements_in_turn(View x, std::int64_t period, float value, float other) {
+  for (std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; i < size_of(x); i += std::int64_t{gridDim.x} * blockDim.x) {
+    const Index at = index_at(x, i);
+    store(x, at.i * x.stride[0] + at.j * x.stride[1] + at.k * x.stride[2] + at.l * x.stride[3], at.j % period == 0 ? value : other);
   }
 }
 
@@ -207,6 +224,16 @@ void fill_gates(const DLTensor& tensor, std::uint64_t seed, Gates kind) { fill(t
 void fill_vectors(const DLTensor& tensor, std::uint64_t seed, double length, double cosine) {
   fill_rows<<<kBlocks, kThreads>>>(view_of(&tensor), seed, static_cast<float>(length * std::sqrt(cosine)),
                                    static_cast<float>(length * std::sqrt(1 - cosine)));
+  finish("filling a tensor");
+}
+
+void repeat_tokens(const DLTensor& tensor, std::int64_t period) {
+  repeat_elements<<<kBlocks, kThreads>>>(view_of(&tensor), period);
+  finish("repeating tokens");
+}
+
+void fill_in_turn(const DLTensor& tensor, std::int64_t period, double value, double other) {
+  fill_elements_in_turn<<<kBlocks, kThreads>>>(view_of(&tensor), period, static_cast<float>(value), static_cast<float>(other));
   finish("filling a tensor");
 }
 

@@ -51,6 +51,7 @@ enum class Gates : int {
   benchmark,   // logsigmoid(randn) / 16, every fourth head 0: those of published benchmarks
   zero,        //
   minus_5,     //
+  slight,      // -1e-5
   minus_1000,  //
   burst,       // 0, and -50 at a few tokens five sixths of the way
   turns,       // by stretches of 1024 tokens 0 and -1 in turn
@@ -65,6 +66,10 @@ void fill_sigmoid(const DLTensor& tensor, std::uint64_t seed, double factor = 1)
 void fill_gates(const DLTensor& tensor, std::uint64_t seed, Gates kind = Gates::benchmark);
 // Vectors of one length along the last axis, of which any two have (about) one cosine.
 void fill_vectors(const DLTensor& tensor, std::uint64_t seed, double length = 1, double cosine = 0);
+// What stands at token t of the second axis becomes what stands at t % period.
+void repeat_tokens(const DLTensor& tensor, std::int64_t period);
+// `value` at every `period`-th token of the second axis, `other` elsewhere.
+void fill_in_turn(const DLTensor& tensor, std::int64_t period, double value, double other);
 
 // One tensor's elements into another of the same shape and dtype.
 void copy(const DLTensor& from, const DLTensor& to);

@@ -71,7 +71,7 @@ void LongCall::refill(const LongCase& c) {
   case_.cu_seqlens = c.cu_seqlens;
   case_.gates = c.gates;
   case_.beta = c.beta;
-  case_.key_length = c.key_length, case_.key_cosine = c.key_cosine;
+  case_.key_length = c.key_length, case_.key_cosine = c.key_cosine, case_.key_period = c.key_period;
   case_.seed = c.seed;
   if (args_.cu_seqlens != nullptr) offsets_.write(c.cu_seqlens);
   fill();
@@ -81,6 +81,7 @@ void LongCall::fill() {
   const std::uint64_t seed = 100 * case_.seed;
   fill_normal(tensor("q"), seed + 1);
   fill_vectors(tensor("k"), seed + 2, case_.key_length, case_.key_cosine);
+  if (case_.key_period > 0) repeat_tokens(tensor("k"), case_.key_period);
   fill_normal(tensor("v"), seed + 3);
   fill_gates(tensor("g"), seed + 4, case_.gates);
   const DLTensor& beta = tensor("beta");
@@ -92,6 +93,7 @@ void LongCall::fill() {
     case Strength::one: fill_constant(beta, unit); break;
     case Strength::two: fill_constant(beta, 2 * unit); break;
     case Strength::raw: fill_normal(beta, seed + 5); break;
+    case Strength::eighth_two: fill_in_turn(beta, 8, 2 * unit, 0.5 * unit); break;
   }
   if (case_.initial_state) fill_normal(tensor("initial_state"), seed + 6, 0.5);
   if (args_.A_log != nullptr) {

@@ -15,7 +15,7 @@
 
 namespace flashdelta::testing {
 
-enum class Strength { sigmoid, twice_sigmoid, zero, one, two, raw };
+enum class Strength { sigmoid, twice_sigmoid, zero, one, two, raw, eighth_two };  // eighth_two: 2 at every eighth token, else 0.5
 
 // A line of a table. K = V = 128.
 struct LongCase {
@@ -26,6 +26,7 @@ struct LongCase {
   Gates gates = Gates::benchmark;
   Strength beta = Strength::sigmoid;
   double key_length = 1, key_cosine = 0;
+  std::int64_t key_period = 0;  // above 0: so many keys, over and over
   // beta |k|^2 stays what it is for unit keys.
   bool beta_by_length = true;
   bool initial_state = true, l2norm = false, v_first = false, in_place = false;

@@ -30,6 +30,10 @@ constexpr int kClaimAhead = 4;
 // Chunks of key heads from which on cut calls leave queries in L2 as others do: calls of 1024 and more take up to 5 % less, of 256 2 %
 // more.
 constexpr int kKeepQueriesFrom = 1024;
+// Of a hard chunk's tokens, those with beta - 1 above this have their key's length corrected: what others get wrong is soon forgotten.
+constexpr float kLeastReflection = 0.8F;
+// Decay of a hard chunk's state, as a power of 2, that may be left for later.
+constexpr float kMostPostponed = 8.F;
 // The sequence of an item that only rehearses.
 constexpr int kNoSequence = -1;
 // Items in flight: one with the producer, and those that short ones leave open behind it.

@@ -24,7 +24,7 @@ __device__ __forceinline__ float inverse_query_norm(const Shared& s, int stage, 
       }
     }
   }
-  return rsqrtf(sum + 1e-6F);
+  return rsqrtf(sum + static_cast<float>(kNormEpsilon));
 }
 
 template <Operand Type>

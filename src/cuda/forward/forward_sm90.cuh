@@ -4,10 +4,9 @@
 // every product has the state, or a function of it, as its A operand from registers, and the two consumers exchange nothing.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/device/wgmma.cuh"
 #include "cuda/forward/factors.cuh"
+#include "cuda/forward/hard.cuh"
 #include "cuda/forward/producers.cuh"
 #include "cuda/forward/state.cuh"
 
@@ -64,63 +63,6 @@ __device__ __forceinline__ void multiply_tile(float (&U)[32], const uint32_t* st
       device::wgmma_rs_n64<Type, false>(U, state + 4 * step, device::advance(tile, device::rows_step(step)));
     }
   }
-}
-
-// A hard chunk, token by token in float32, on the state as it lies in registers: about ten times as long as the products take, and as
-// exact as the recurrence itself. o replaces v in its tile, where it is wanted (full).
-template <Operand Type>
-__device__ __forceinline__ void step_through(const Arguments& a, const Shared& s, float (&S)[64], int at, unsigned char* v_tile, bool full,
-                                             bool values, int warp, int lane) {
-  const RecordTail& record = s.t[at].tail;
-  const int pair = lane % 4, first = warp * 16 + lane / 4;  // its value columns: first and first + 8
-  float c_before = 0.F;
-#pragma unroll 1
-  for (int t = 0; t < kChunk; ++t) {
-    const float c = record.c[t], key = s.key[at][t], decay = device::exp2_fast(c - c_before);
-    c_before = c;
-    const auto channels = [&](const unsigned char (&tile)[2][kChunk * 128], int j) {  // 8 j + 2 pair and the one after it
-      return device::unpack<Type>(*reinterpret_cast<const uint32_t*>(tile[j / 8] + t * 128 + (((j % 8) ^ (t & 7)) << 4) + pair * 4));
-    };
-    float read0 = 0.F, read1 = 0.F;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const float2 k = channels(s.k[at], j);
-      S[4 * j] *= decay, S[4 * j + 1] *= decay, S[4 * j + 2] *= decay, S[4 * j + 3] *= decay;
-      read0 = fmaf(k.x, S[4 * j], fmaf(k.y, S[4 * j + 1], read0)), read1 = fmaf(k.x, S[4 * j + 2], fmaf(k.y, S[4 * j + 3], read1));
-    }
-#pragma unroll
-    for (int o = 1; o < 4; o <<= 1) read0 += __shfl_xor_sync(~0U, read0, o), read1 += __shfl_xor_sync(~0U, read1, o);
-    const auto element = [&](int v) { return v_tile + t * 128 + (((v / 8) ^ (t & 7)) << 4) + v % 8 * 2; };
-    using Element = std::conditional_t<Type == Operand::f16, __half, __nv_bfloat16>;
-    auto* v0 = reinterpret_cast<Element*>(element(first));
-    auto* v1 = reinterpret_cast<Element*>(element(first + 8));
-    const float beta = record.beta[t], read_scale = a.l2norm ? key : 1.F;
-    const float given0 = values ? static_cast<float>(*v0) : 0.F, given1 = values ? static_cast<float>(*v1) : 0.F;
-    const float u0 = key * beta * (given0 - read_scale * read0), u1 = key * beta * (given1 - read_scale * read1);
-    if (!full) {
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const float2 k = channels(s.k[at], j);
-        S[4 * j] = fmaf(k.x, u0, S[4 * j]), S[4 * j + 1] = fmaf(k.y, u0, S[4 * j + 1]);
-        S[4 * j + 2] = fmaf(k.x, u1, S[4 * j + 2]), S[4 * j + 3] = fmaf(k.y, u1, S[4 * j + 3]);
-      }
-      continue;
-    }
-    float o0 = 0.F, o1 = 0.F;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const float2 k = channels(s.k[at], j), q = channels(s.q[at], j);
-      S[4 * j] = fmaf(k.x, u0, S[4 * j]), S[4 * j + 1] = fmaf(k.y, u0, S[4 * j + 1]);
-      S[4 * j + 2] = fmaf(k.x, u1, S[4 * j + 2]), S[4 * j + 3] = fmaf(k.y, u1, S[4 * j + 3]);
-      o0 = fmaf(q.x, S[4 * j], fmaf(q.y, S[4 * j + 1], o0)), o1 = fmaf(q.x, S[4 * j + 2], fmaf(q.y, S[4 * j + 3], o1));
-    }
-#pragma unroll
-    for (int o = 1; o < 4; o <<= 1) o0 += __shfl_xor_sync(~0U, o0, o), o1 += __shfl_xor_sync(~0U, o1, o);
-    const float query = s.query[at][t];
-    __syncwarp();
-    if (pair == 0) *v0 = static_cast<Element>(query * o0), *v1 = static_cast<Element>(query * o1);
-  }
-  device::fence_shared_to_async();  // what was read is here
 }
 
 constexpr int kMostSteps = 1 << 28;  // more than any scan has
@@ -259,7 +201,7 @@ __device__ __forceinline__ void consume(const Arguments& a, Shared& s, int w, in
         device::named_sync_if(kTurnBarrier + w, 256, turns);
         device::named_arrive_if(kTurnBarrier + 1 - w, 256, turns);
         device::barrier_wait(s.p_made[at], stage.parity);
-        step_through<Type>(a, s, S, at, s.v[v_stage.at][w], full, values, warp, lane);
+        step_through<Type>(a, s, S, at, w, s.v[v_stage.at][w], full, values, warp, lane);
         if (values) replaced(v_stage.at);
         device::barrier_arrive(s.released[at]);
         stage.next();

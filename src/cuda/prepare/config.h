@@ -9,19 +9,28 @@ namespace flashdelta::cuda::prepare {
 constexpr float kSplitAbove = 1.1F;
 
 // Where 16-bit operands no longer hold the contract: U is then what is left of much larger terms, and their rounding shows. Such a chunk is
-// marked hard, and the loop takes it token by token. Two things cancel: keys like one another (ratio: the mean of (k_i . k_j)^2 over
-// neighbours, weighted by beta and the gates between them; 1 for equal keys), and betas near 2 (reflections forget nothing). A chunk is
-// hard above beta_square * (1 + lasting * exp(sum of its gates)) * mean(beta^2) + ratio * (the ratio) = 1, or above a ratio alone. Measured
-// on 512 tokens, a quarter of the heads without gate (error of o): bf16, contract 5e-3: beta 1 with cosine 0 / 0.7 / 0.9: 4.1e-3 / 4.7e-3
-// / 5.4e-3; beta 0.5 with cosine 0.9 / 0.99: 4.6e-3 / 6.3e-3; beta 1.5, cosine 0: 5.1e-3. fp16, contract 1e-3: beta 1 with cosine 0 / 0.5 /
-// 0.9: 5.4e-4 / 9.2e-4 / 1.2e-3; beta 2, cosine 0: 1.03e-3. final_state, contract 4e-3, bf16 without any gate: beta 1: 4.1e-3, beta uniform
-// in 0..2: 4.5e-3. Beta uniform in 0..1, no gate, 16 to 192 tokens (emulated), cosine 0.6 / 0.7 / 0.8: o 4.9e-3 / 5.1e-3 / 5.9e-3, state
-// 3.4e-3 / 3.8e-3 / 4.4e-3; beta 0.5: o 4.4e-3 / 5.0e-3 / 5.1e-3.
+// marked hard, and the loop takes it token by token. Three things cancel, or last: keys like one another (ratio: the mean of (k_i . k_j)^2
+// over neighbours, weighted by beta and the gates between them; 1 for equal keys), large betas, and betas near 2 (reflections forget
+// nothing), where the same few keys come with them. With D = exp(sum of the chunk's gates), a chunk is hard where
+//     (beta_square (1 + lasting D) mean(beta^2) + reflections D^4 mean(max(0, beta - 1)^4)) (1 + both * the ratio) + ratio * the ratio > 1
+// or the ratio alone is above ratio_alone.
+//
+// bf16, measured on 512 tokens, a quarter of the heads without gate (error of o, contract 5e-3): beta 1 with cosine 0 / 0.7 / 0.9: 4.1e-3 /
+// 4.7e-3 / 5.4e-3; beta 0.5 with cosine 0.9 / 0.99: 4.6e-3 / 6.3e-3; beta 1.5, cosine 0: 5.1e-3. final_state, contract 4e-3, without any
+// gate: beta 1: 4.1e-3, beta uniform in 0..2: 4.5e-3. Beta uniform in 0..1, no gate, 16 to 192 tokens (emulated), cosine 0.6 / 0.7 / 0.8: o
+// 4.9e-3 / 5.1e-3 / 5.9e-3, state 3.4e-3 / 3.8e-3 / 4.4e-3; beta 0.5: o 4.4e-3 / 5.0e-3 / 5.1e-3.
+//
+// fp16, measured on 256 to 8192 tokens with gates of 0, -0.003 and -0.03: the larger error of o and final_state, contract 1e-3, of what
+// is not hard is 8.2e-4 at most. Without gates, betas in 0..2 with cosine 0 / 0.3 / 0.5: 7.6e-4 / 1.26e-3 / 1.68e-3; beta 1: 6.1e-4
+// / 7.7e-4 / 1.04e-3; beta 1.6, cosine 0: 1.08e-3.
+//
+// reflections: one of sixteen keys in turn, always with beta 2, the others 0.3, no gates (emulated): 25 times the contract in bf16, 4 in
+// fp16.
 struct Hardness {
-  float beta_square, lasting, ratio, ratio_alone;
+  float beta_square, lasting, reflections, both, ratio, ratio_alone;
 };
-constexpr Hardness kHardBf16{0.57F, 0.8F, 1.9F, 0.5F};
-constexpr Hardness kHardF16{0.35F, 0.F, 2.F, 0.5F};
+constexpr Hardness kHardBf16{0.57F, 0.8F, 32.F, 0.F, 1.9F, 0.5F};
+constexpr Hardness kHardF16{0.226F, 1.63F, 32.F, 7.7F, 0.F, 0.35F};
 // The ratio says nothing where all of L is small: below this sum of squares of what weighs it.
 constexpr float kSmallestWeight = 0.5F;
 // fp16 alone: keys of |k|^2 >= 512 come with values below its normal numbers on one side of a product.
@@ -35,7 +44,6 @@ constexpr float kSmallestWriteF16 = 0x1p-10F;
 constexpr float kLargestPlainNorm = 4.F;
 // |k|^2 below this counts as this: a zero key then has a finite 1 / |k|, which only ever meets zeros.
 constexpr float kSmallestNorm = 1e-24F;
-constexpr float kNormEpsilon = 1e-6F;  // of the l2-norm, by definition
 
 // Sequences up to which a warp of `prepare` measures them all for the plan.
 constexpr int kMostTold = 1024;

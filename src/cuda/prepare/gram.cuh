@@ -172,7 +172,7 @@ __device__ __forceinline__ int norm_exponent(float norm) {
   return exponent >> 1;
 }
 __device__ __forceinline__ float scale_of(KeyScale scale, float norm) {
-  return scale == KeyScale::l2norm ? rsqrtf(norm + kNormEpsilon) : ldexpf(1.F, -norm_exponent(norm));
+  return scale == KeyScale::l2norm ? rsqrtf(norm + static_cast<float>(kNormEpsilon)) : ldexpf(1.F, -norm_exponent(norm));
 }
 
 // Scales a warp's share by the keys' factors.

@@ -248,8 +248,13 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const 
                                         const RecordTail& tail, int lane) {
   constexpr Hardness kHard = Type == Operand::f16 ? kHardF16 : kHardBf16;
   // Betas of scaled keys are those of unit keys: the factors have them times |k|^2.
-  const float b0 = f.gate[2 * lane].y, b1 = f.gate[2 * lane + 1].y;
-  const float beta_part = fmaf(b0, b0, b1 * b1);
+  const float left = device::exp2_fast(f.gate[kChunk - 1].x), of_beta = kHard.beta_square * (1.F + kHard.lasting * left);
+  const float of_reflection = kHard.reflections * (left * left) * (left * left);
+  const auto amount_of = [&](int i) {
+    const float beta = -f.gate[i].y, past = fmaxf(0.F, beta - 1.F), square = past * past;
+    return of_beta * beta * beta + of_reflection * square * square;
+  };
+  const float beta_part = amount_of(2 * lane) + amount_of(2 * lane + 1);
   // Three sums over the warp at once: x ends in lane 0, beta_part in lane 8, y in lane 16.
   const bool upper = (lane & 16) != 0, odd = (lane & 8) != 0;
   float sum = (upper ? squares.y : squares.x) + __shfl_xor_sync(~0U, upper ? squares.x : squares.y, 16);
@@ -257,7 +262,7 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const 
   sum = (odd ? third : sum) + __shfl_xor_sync(~0U, odd ? sum : third, 8);
 #pragma unroll
   for (int o = 4; o > 0; o >>= 1) sum += __shfl_xor_sync(~0U, sum, o);
-  const float beta_square = __shfl_sync(~0U, sum, 8);
+  const float amount = __shfl_sync(~0U, sum, 8);
   squares = make_float2(sum, __shfl_sync(~0U, sum, 16));
   bool hard = false;
   if (Type == Operand::f16 && powers) {
@@ -275,9 +280,7 @@ __device__ __forceinline__ bool is_hard(float2 squares, const Factors& f, const 
     hard |= __any_sync(~0U, written >= 0.F) && !__any_sync(~0U, written > kSmallestWriteF16);
   }
   const float ratio = squares.y > kSmallestWeight ? __fdividef(squares.x, squares.y) : 0.F;
-  // Without gates errors last, and add up from chunk to chunk.
-  const float lasting = 1.F + kHard.lasting * device::exp2_fast(f.gate[kChunk - 1].x);
-  return hard || ratio > kHard.ratio_alone || kHard.beta_square * lasting * beta_square + kHard.ratio * ratio * rows > rows;
+  return hard || ratio > kHard.ratio_alone || amount * (1.F + kHard.both * ratio) + kHard.ratio * ratio * rows > rows;
 }
 
 }  // namespace flashdelta::cuda::prepare

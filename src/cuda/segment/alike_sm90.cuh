@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kResident) plan_alike_kernel(const _
   }
   __syncthreads();
   if (threadIdx.x == 0) hand_out(a.plan.header, PlanHeader::of(t.count(), longest_whole_of(a), halves_fit(pairs, a.multiprocessors)));
-  device::wait_for_previous_launch();  // what waits for this launch waits for `prepare` too
+  if (!reads_bounds) device::wait_for_previous_launch();  // what waits for this launch waits for `prepare` too
   if (threadIdx.x != 0 || a.counts == nullptr) return;
   const int exact_boundaries = t.exact_boundaries(halves);
   a.counts[0] = pairs + warm_boundaries + exact_boundaries, a.counts[1] = warm_boundaries, a.counts[2] = exact_boundaries;
